@@ -1,0 +1,69 @@
+// What happens to a convolution's result between its accumulator and the store, in this order:
+//   z = scale[k] * acc + shift[k] + residual[n, k, p, q];   y = round(activation(z)).
+// A bias is a shift; an inference BatchNorm is a scale and a shift.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace fastconv {
+
+enum class Activation : uint8_t { kNone, kReLU, kReLU6, kLeakyReLU, kSiLU, kHardSwish, kSigmoid };
+
+struct Epilogue {
+  bool scale = false;     // one factor a filter
+  bool shift = false;     // one summand a filter
+  bool residual = false;  // a tensor of the output's shape, dtype and layout
+  Activation activation = Activation::kNone;
+  double slope = 0.01;  // of kLeakyReLU below zero
+
+  bool empty() const { return !scale && !shift && !residual && activation == Activation::kNone; }
+};
+
+constexpr const char* name_of(Activation a) {
+  switch (a) {
+    case Activation::kNone:
+      return "none";
+    case Activation::kReLU:
+      return "relu";
+    case Activation::kReLU6:
+      return "relu6";
+    case Activation::kLeakyReLU:
+      return "leaky_relu";
+    case Activation::kSiLU:
+      return "silu";
+    case Activation::kHardSwish:
+      return "hardswish";
+    case Activation::kSigmoid:
+      return "sigmoid";
+  }
+  return "?";
+}
+
+// Comparisons are written so that NaN passes through, as torch's activations let it.
+template <class T>
+FASTCONV_HOST_DEVICE inline T activate(T z, Activation a, T slope) {
+  switch (a) {
+    case Activation::kNone:
+      return z;
+    case Activation::kReLU:
+      return z < T(0) ? T(0) : z;
+    case Activation::kReLU6:
+      return z < T(0) ? T(0) : z > T(6) ? T(6) : z;
+    case Activation::kLeakyReLU:
+      return z < T(0) ? z * slope : z;
+    case Activation::kSiLU:
+      return z / (T(1) + std::exp(-z));
+    case Activation::kHardSwish: {
+      const T gate = z + T(3);
+      return z * (gate < T(0) ? T(0) : gate > T(6) ? T(6) : gate) / T(6);
+    }
+    case Activation::kSigmoid:
+      return T(1) / (T(1) + std::exp(-z));
+  }
+  return z;
+}
+
+}  // namespace fastconv
