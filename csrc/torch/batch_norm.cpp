@@ -1,0 +1,176 @@
+// BatchNorm on real tensors, CPU and CUDA alike: lay out, choose a row, run.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/native_batch_norm.h>
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "torch/arguments.h"
+#include "torch/launch.h"
+
+namespace fastconv {
+namespace {
+
+using at::Tensor;
+
+const void* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+// Tensors of 2 to 5 dimensions are (N, C, everything else) in memory, or (N, everything else, C)
+// when they are channels_last in the 4-D or the 5-D sense.
+struct Dense {
+  at::MemoryFormat format;
+  BatchNormProblem problem;
+
+  explicit Dense(const Tensor& input) {
+    format = input.suggest_memory_format();
+    problem.N = input.size(0);
+    problem.C = input.size(1);
+    problem.H = 1;
+    for (int64_t axis = 2; axis < input.dim(); ++axis) problem.H *= input.size(axis);
+    problem.W = 1;
+    problem.dtype = dtype_of(input);
+    problem.layout = layout_of(format != at::MemoryFormat::Contiguous);
+  }
+};
+
+const BatchNormKernel* pick_batch_norm(Direction direction, const BatchNormProblem& p,
+                                       const Tensor& like) {
+  return pick(kernel_table().batch_norm, "batch_norm", direction, p, like);
+}
+
+bool goes_to_aten(const Tensor& input) {
+  if (is_own(input) && !aten_is_forced()) return false;
+  require_fallback_allowed("batch_norm", input);
+  return true;
+}
+
+Tensor value_or_undefined(const OptionalTensor& t) { return t ? as_accumulator(*t) : Tensor(); }
+
+std::tuple<Tensor, Tensor, Tensor> aten_training(const Tensor& input, const OptionalTensor& weight,
+                                                 const OptionalTensor& bias, double eps) {
+  auto [out, mean, invstd] = at::native_batch_norm(input, weight, bias, std::nullopt, std::nullopt,
+                                                   /*training=*/true, /*momentum=*/0.0, eps);
+  return {out, mean, invstd.pow(-2) - eps};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
+                                                       const OptionalTensor& weight,
+                                                       const OptionalTensor& bias, double eps) {
+  if (goes_to_aten(input)) return aten_training(input, weight, bias, eps);
+  check_batch_norm(input, weight, bias, std::nullopt, std::nullopt, /*training=*/true);
+  Dense dense(input);
+  dense.problem.eps = eps;
+  const BatchNormKernel* row = pick_batch_norm(Direction::kFprop, dense.problem, input);
+  if (row == nullptr) return aten_training(input, weight, bias, eps);
+  Tensor out = at::empty(input.sizes(), input.options(), dense.format);
+  const auto statistics = input.options().dtype(accumulator_type(input));
+  Tensor mean = at::empty({dense.problem.C}, statistics);
+  Tensor var = at::empty({dense.problem.C}, statistics);
+  if (out.numel() == 0) return {out, mean.zero_(), var.zero_()};
+  const Tensor x = input.contiguous(dense.format);
+  const Tensor w = value_or_undefined(weight), b = value_or_undefined(bias);
+  BatchNormArgs args;
+  args.input = x.const_data_ptr();
+  args.weight = pointer(w);
+  args.bias = pointer(b);
+  args.mean_out = mean.mutable_data_ptr();
+  args.var_out = var.mutable_data_ptr();
+  args.out = out.mutable_data_ptr();
+  launch(*row, dense.problem, args, out);
+  return {out, mean, var};
+}
+
+Tensor aten_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                      const Tensor& mean, const Tensor& var, double eps) {
+  return std::get<0>(at::native_batch_norm(input, weight, bias, mean, var, /*training=*/false,
+                                           /*momentum=*/0.0, eps));
+}
+
+Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                            double eps) {
+  if (goes_to_aten(input)) return aten_inference(input, weight, bias, mean, var, eps);
+  check_batch_norm(input, weight, bias, mean, var, /*training=*/false);
+  Dense dense(input);
+  dense.problem.eps = eps;
+  dense.problem.training = false;
+  const BatchNormKernel* row = pick_batch_norm(Direction::kFprop, dense.problem, input);
+  if (row == nullptr) return aten_inference(input, weight, bias, mean, var, eps);
+  Tensor out = at::empty(input.sizes(), input.options(), dense.format);
+  if (out.numel() == 0) return out;
+  const Tensor x = input.contiguous(dense.format);
+  const Tensor w = value_or_undefined(weight), b = value_or_undefined(bias);
+  const Tensor m = as_accumulator(mean), v = as_accumulator(var);
+  BatchNormArgs args;
+  args.input = x.const_data_ptr();
+  args.weight = pointer(w);
+  args.bias = pointer(b);
+  args.mean_in = m.const_data_ptr();
+  args.var_in = v.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  launch(*row, dense.problem, args, out);
+  return out;
+}
+
+// The gradients of weight and bias come back in `type_of`'s dtype (the weight's, or the statistics').
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
+                                                       const OptionalTensor& weight,
+                                                       const Tensor& mean, const Tensor& var,
+                                                       bool training, double eps,
+                                                       std::array<bool, 3> output_mask) {
+  TORCH_CHECK(grad.sizes() == input.sizes(), "batch_norm_backward: expected a gradient of size ",
+              input.sizes(), ", but got ", grad.sizes());
+  TORCH_CHECK(grad.scalar_type() == input.scalar_type(),
+              "batch_norm_backward: expected a gradient of type ", input.scalar_type(),
+              ", but got ", grad.scalar_type());
+  check_batch_norm(input, weight, std::nullopt, mean, var, training);
+  Dense dense(input);
+  dense.problem.eps = eps;
+  dense.problem.training = training;
+  const auto parameter_type = weight ? weight->scalar_type() : mean.scalar_type();
+  const auto statistics = input.options().dtype(accumulator_type(input));
+  const BatchNormKernel* row = pick_batch_norm(Direction::kDgrad, dense.problem, input);
+  if (row == nullptr) {
+    const Tensor invstd = at::rsqrt(as_accumulator(var) + eps);
+    return at::native_batch_norm_backward(grad, input, weight, mean, var, as_accumulator(mean),
+                                          invstd, training, eps, output_mask);
+  }
+  Tensor dw = at::zeros({dense.problem.C}, statistics);
+  Tensor db = at::zeros({dense.problem.C}, statistics);
+  Tensor dx;
+  if (output_mask[0]) dx = at::empty(input.sizes(), input.options(), dense.format);
+  if (input.numel() > 0) {
+    const Tensor x = input.contiguous(dense.format), dy = grad.contiguous(dense.format);
+    const Tensor w = value_or_undefined(weight);
+    const Tensor m = as_accumulator(mean), v = as_accumulator(var);
+    BatchNormArgs args;
+    args.input = x.const_data_ptr();
+    args.grad = dy.const_data_ptr();
+    args.weight = pointer(w);
+    args.mean_in = m.const_data_ptr();
+    args.var_in = v.const_data_ptr();
+    args.out = output_mask[0] ? dx.mutable_data_ptr() : nullptr;
+    args.grad_weight = dw.mutable_data_ptr();
+    args.grad_bias = db.mutable_data_ptr();
+    launch(*row, dense.problem, args, input);
+  }
+  return {dx, output_mask[1] ? dw.to(parameter_type) : Tensor(),
+          output_mask[2] ? db.to(parameter_type) : Tensor()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
+  m.impl("batch_norm_training", &batch_norm_training);
+  m.impl("batch_norm_inference", &batch_norm_inference);
+}
+#define FASTCONV_BATCH_NORM_IMPLS(m)                       \
+  m.impl("batch_norm_training", &batch_norm_training);     \
+  m.impl("batch_norm_inference", &batch_norm_inference);   \
+  m.impl("batch_norm_backward", &batch_norm_backward);
+TORCH_LIBRARY_IMPL(fastconv, CPU, m) { FASTCONV_BATCH_NORM_IMPLS(m) }
+TORCH_LIBRARY_IMPL(fastconv, CUDA, m) { FASTCONV_BATCH_NORM_IMPLS(m) }
+
+}  // namespace fastconv

@@ -1,0 +1,63 @@
+// Between torch's tensors and the kernel table: which device, which row, run it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <string>
+#include <vector>
+
+#include "core/choose.h"
+#include "torch/selection.h"
+
+namespace fastconv {
+
+// The machine behind a tensor, and the threads or the stream that a launch on it uses (cpu.cpp,
+// cuda.cpp).
+Device machine_of(const at::Tensor& t);
+Context context_of(const at::Tensor& t);
+
+// Raises where ATen may not stand in: a backend or this kernel is forced, or fallback is forbidden.
+// `why` says what no own kernel does here.
+void require_fallback_allowed(const std::string& what, const std::string& why, bool kernel_forced);
+// For inputs that no kernel of ours takes: complex numbers, integers, quantised tensors, ....
+void require_fallback_allowed(const std::string& op, const at::Tensor& input);
+
+std::string describe(const std::vector<Candidate>& candidates);
+bool aten_is_forced();
+
+// The row that runs, or null when ATen is to run.
+template <class K>
+const K* pick(const std::vector<K>& rows, const std::string& op, Direction direction,
+              const typename K::Problem& problem, const at::Tensor& like) {
+  if (aten_is_forced()) return nullptr;
+  const Selection& selection = current_selection();
+  const Device device = machine_of(like);
+  const K* row = choose(rows, op, direction, problem, device, selection);
+  if (row != nullptr) return row;
+  std::vector<Candidate> candidates;
+  choose(rows, op, direction, problem, device, selection, &candidates);
+  bool kernel_forced = false;
+  for (const Candidate& c : candidates) kernel_forced |= c.name == selection.kernel;
+  require_fallback_allowed(op + " " + name_of(direction), describe(candidates), kernel_forced);
+  return nullptr;
+}
+
+// Runs `row`; its workspace comes from torch's caching allocator, on the current stream.
+template <class K>
+void launch(const K& row, const typename K::Problem& problem, typename K::Args args,
+            const at::Tensor& like) {
+  c10::OptionalDeviceGuard guard(like.device());
+  at::Tensor workspace;
+  if (row.workspace) {
+    const size_t bytes = row.workspace(problem, machine_of(like));
+    if (bytes > 0) {
+      workspace = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+      args.workspace = workspace.mutable_data_ptr();
+    }
+  }
+  row.launch(problem, args, context_of(like));
+}
+
+}  // namespace fastconv
