@@ -1,0 +1,115 @@
+"""Compiles fastconv._C. What is decided, and refused, is in build_backend/fastconv_decisions.py.
+
+`pip install .` comes here through build_backend/fastconv_backend.py; a developer may call
+`python setup.py build_ext --inplace`.
+"""
+
+import glob
+import json
+import os
+import runpy
+import shutil
+import sys
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(ROOT, "build_backend"))
+import fastconv_decisions as decisions  # noqa: E402
+
+VERSION = runpy.run_path(os.path.join(ROOT, "fastconv", "_version.py"))["__version__"]
+COMPILING_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel"}
+
+
+def sources(with_cuda):
+    rooms = ["core/*.cpp", "cpu/*.cpp", "torch/*.cpp"]
+    found = [path for room in rooms for path in glob.glob(os.path.join("csrc", room))]
+    cuda = ["csrc/torch/cuda.cpp", *glob.glob("csrc/cuda/*.cpp"), *glob.glob("csrc/cuda/*.cu")]
+    found = [path for path in found if path not in cuda]
+    return sorted(found + (cuda if with_cuda else []))
+
+
+def extension(plan):
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    kind = CUDAExtension if plan.cuda.build else CppExtension
+    # torch adds the C++ standard that its own headers ask for. -g0 undoes a Python built with -g.
+    # Its wheels bring a libgomp.so.1, and -fopenmp asks for the same name: one runtime is loaded.
+    host = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    nvcc = ["-O3", *(f"-Xcompiler={flag}" for flag in ["-fvisibility=hidden", "-Wall"])]
+    made = kind(
+        "fastconv._C",
+        sources(plan.cuda.build),
+        define_macros=[("FASTCONV_WITH_CUDA", None)] if plan.cuda.build else [],
+        extra_compile_args={"cxx": host, "nvcc": nvcc},
+        extra_link_args=["-fopenmp"],
+    )
+    # torch's own headers as system headers: our warnings are then the only ones.
+    system = [flag for folder in made.include_dirs for flag in ("-isystem", folder)]
+    host.extend(system)
+    nvcc.extend(system)
+    made.include_dirs = [os.path.join(ROOT, "csrc")]
+    return made
+
+
+def build_py_command():
+    from setuptools.command.build_py import build_py
+
+    class BuildPy(build_py):
+        """A build folder outlives its build: a module deleted since must not reach the wheel."""
+
+        def run(self):
+            if not self.editable_mode:
+                shutil.rmtree(os.path.join(self.build_lib, "fastconv"), ignore_errors=True)
+            super().run()
+
+    return BuildPy
+
+
+def build_ext_command(plan):
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExt(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # ninja knows headers and flags; setuptools sees neither
+
+        def run(self):
+            print(plan.table(VERSION), flush=True)
+            super().run()
+            folder = ROOT if self.inplace or self.editable_mode else self.build_lib
+            digest = runpy.run_path(os.path.join(ROOT, "fastconv", "_source_digest.py"))
+            facts = plan.facts(VERSION, digest["source_digest"](os.path.join(ROOT, "csrc")))
+            with open(os.path.join(folder, "fastconv", "_build_facts.json"), "w") as file:
+                json.dump(facts, file, indent=2)
+                file.write("\n")
+
+    return BuildExt
+
+
+def main():
+    decisions.refuse_python()
+    decisions.refuse_setuptools()
+    from setuptools import Extension, setup
+
+    os.chdir(ROOT)
+    options = {}
+    commands = {"build_py": build_py_command()}
+    modules = [Extension("fastconv._C", [])]  # enough for the metadata and the sdist
+    if COMPILING_COMMANDS.intersection(sys.argv):
+        plan = decisions.Plan()
+        plan.export()
+        options = {"build": {"build_base": os.path.join("build", plan.tag)}}
+        modules = [extension(plan)]
+        commands["build_ext"] = build_ext_command(plan)
+    setup(
+        ext_modules=modules,
+        cmdclass=commands,
+        options=options,
+        install_requires=[decisions.torch_requirement(decisions.installed_torch())],
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except decisions.Refused as refused:
+        sys.exit(f"fastconv: {refused}")
