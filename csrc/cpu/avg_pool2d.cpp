@@ -1,0 +1,95 @@
+// Average and adaptive average pooling on a CPU: the table's rows, and the plain reference.
+#include <string>
+#include <vector>
+
+#include "cpu/pool2d.h"
+#include "cpu/streaming.h"
+#include "cpu/table.h"
+
+namespace fastconv {
+namespace {
+
+// Sums in float64, so that a global average over any plane is a reference; divides and rounds in
+// the accumulator's type, as the fast rows do.
+template <class T>
+void reference_fprop_plane(const Pool2dProblem& t, const Pool2dArgs& a, int64_t n, int64_t c) {
+  using A = accumulator_t<T>;
+  const PlaneStrides in(t.layout, t.C, t.H, t.W), out(t.layout, t.C, t.P, t.Q);
+  const T* x = static_cast<const T*>(a.input) + n * in.n + c * in.c;
+  T* y = static_cast<T*>(a.out) + n * out.n + c * out.c;
+  for (int64_t p = 0; p < t.P; ++p) {
+    const AverageSpan rows = row_span(t, p);
+    for (int64_t q = 0; q < t.Q; ++q) {
+      const AverageSpan cols = column_span(t, q);
+      double sum = 0;
+      for (int64_t h = rows.begin; h < rows.end; ++h) {
+        for (int64_t w = cols.begin; w < cols.end; ++w) {
+          sum += static_cast<double>(A(x[h * in.row + w * in.col]));
+        }
+      }
+      const A divisor(static_cast<A>(average_divisor(t, rows, cols)));
+      y[p * out.row + q * out.col] =
+          T(average_is_empty(rows, cols) ? A(0) : static_cast<A>(sum) / divisor);
+    }
+  }
+}
+
+template <class T>
+void reference_dgrad_plane(const Pool2dProblem& t, const Pool2dArgs& a, int64_t n, int64_t c) {
+  using A = accumulator_t<T>;
+  const PlaneStrides in(t.layout, t.C, t.H, t.W), out(t.layout, t.C, t.P, t.Q);
+  const T* dy = static_cast<const T*>(a.grad) + n * out.n + c * out.c;
+  std::vector<A> sum(static_cast<size_t>(t.H * t.W), A(0));
+  for (int64_t p = 0; p < t.P; ++p) {
+    const AverageSpan rows = row_span(t, p);
+    for (int64_t q = 0; q < t.Q; ++q) {
+      const AverageSpan cols = column_span(t, q);
+      const A divisor(static_cast<A>(average_divisor(t, rows, cols)));
+      const A share = A(dy[p * out.row + q * out.col]) / divisor;
+      for (int64_t h = rows.begin; h < rows.end; ++h) {
+        for (int64_t w = cols.begin; w < cols.end; ++w) {
+          sum[static_cast<size_t>(h * t.W + w)] += share;
+        }
+      }
+    }
+  }
+  T* dx = static_cast<T*>(a.out) + n * in.n + c * in.c;
+  for (int64_t h = 0; h < t.H; ++h) {
+    for (int64_t w = 0; w < t.W; ++w) {
+      dx[h * in.row + w * in.col] = T(sum[static_cast<size_t>(h * t.W + w)]);
+    }
+  }
+}
+
+void launch_reference(const Pool2dProblem& t, const Pool2dArgs& a, const Context& context,
+                      Direction direction) {
+  dispatch_dtype(t.dtype, [&](auto type) {
+    using T = decltype(type);
+    context.parallel_for(t.N * t.C, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t n = plane / t.C, c = plane % t.C;
+        if (direction == Direction::kFprop) {
+          reference_fprop_plane<T>(t, a, n, c);
+        } else {
+          reference_dgrad_plane<T>(t, a, n, c);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void add_cpu_avg_pool2d_rows(KernelTable& table) {
+  for (const char* op : {"avg_pool2d", "adaptive_avg_pool2d"}) {
+    for (const Direction direction : {Direction::kFprop, Direction::kDgrad}) {
+      table.pool2d.push_back(pool2d_row(
+          op, "reference", direction, kReferenceBandwidth,
+          [direction](const Pool2dProblem& t, const Pool2dArgs& a, const Context& context) {
+            launch_reference(t, a, context, direction);
+          }));
+    }
+  }
+}
+
+}  // namespace fastconv

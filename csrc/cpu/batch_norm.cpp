@@ -1,0 +1,134 @@
+// BatchNorm on a CPU: the table's rows, and the plain reference.
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "cpu/streaming.h"
+#include "cpu/table.h"
+
+namespace fastconv {
+namespace {
+
+// One channel of a call, every value read and computed in float64. The textbook's two passes (the
+// mean, then the squared differences from it) lose nothing to cancellation.
+template <class T>
+struct ReferenceChannel {
+  using A = accumulator_t<T>;
+  const BatchNormProblem& t;
+  const BatchNormArgs& a;
+  int64_t c;
+
+  double parameter(const void* values, double when_null) const {
+    return values == nullptr ? when_null : static_cast<double>(static_cast<const A*>(values)[c]);
+  }
+  void store(void* values, double value) const {
+    if (values != nullptr) static_cast<A*>(values)[c] = static_cast<A>(value);
+  }
+  // Calls f(i) with the offset of every element of the channel.
+  template <class F>
+  void for_each_element(F&& f) const {
+    const int64_t HW = t.H * t.W;
+    for (int64_t n = 0; n < t.N; ++n) {
+      for (int64_t i = 0; i < HW; ++i) {
+        f(t.layout == Layout::kNCHW ? (n * t.C + c) * HW + i : (n * HW + i) * t.C + c);
+      }
+    }
+  }
+  double at(const void* values, int64_t i) const {
+    return static_cast<double>(A(static_cast<const T*>(values)[i]));
+  }
+  double mean() const {
+    double sum = 0;
+    for_each_element([&](int64_t i) { sum += at(a.input, i); });
+    return sum / static_cast<double>(t.per_channel());
+  }
+  double variance(double mean) const {
+    double sum = 0;
+    for_each_element([&](int64_t i) {
+      const double d = at(a.input, i) - mean;
+      sum += d * d;
+    });
+    return sum / static_cast<double>(t.per_channel());
+  }
+  void write(int64_t i, double value) const {
+    static_cast<T*>(a.out)[i] = T(static_cast<A>(value));
+  }
+
+  void fprop() const {
+    double m = parameter(a.mean_in, 0), var = parameter(a.var_in, 1);
+    if (t.training) {
+      m = t.per_channel() > 0 ? mean() : 0;
+      var = t.per_channel() > 0 ? variance(m) : 0;
+      store(a.mean_out, m);
+      store(a.var_out, var);
+    }
+    const double scale = parameter(a.weight, 1) / std::sqrt(var + t.eps);
+    const double bias = parameter(a.bias, 0);
+    for_each_element([&](int64_t i) { write(i, (at(a.input, i) - m) * scale + bias); });
+  }
+
+  void dgrad() const {
+    const double m = parameter(a.mean_in, 0), var = parameter(a.var_in, 1);
+    const double invstd = 1 / std::sqrt(var + t.eps), weight = parameter(a.weight, 1);
+    double sum = 0, dot = 0;  // of grad, and of grad * (input - mean)
+    for_each_element([&](int64_t i) {
+      sum += at(a.grad, i);
+      dot += at(a.grad, i) * (at(a.input, i) - m);
+    });
+    store(a.grad_weight, dot * invstd);
+    store(a.grad_bias, sum);
+    if (a.out == nullptr) return;
+    // In training the mean and the variance move with the input, which takes these two terms away.
+    const double count = static_cast<double>(t.per_channel());
+    const double from_mean = t.training ? sum / count : 0;
+    const double from_var = t.training ? dot * invstd * invstd / count : 0;
+    for_each_element([&](int64_t i) {
+      const double d = at(a.grad, i) - from_mean - (at(a.input, i) - m) * from_var;
+      write(i, d * invstd * weight);
+    });
+  }
+};
+
+void launch_reference(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context,
+                      Direction direction) {
+  dispatch_dtype(t.dtype, [&](auto type) {
+    using T = decltype(type);
+    context.parallel_for(t.C, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const ReferenceChannel<T> channel{t, a, c};
+        if (direction == Direction::kFprop) {
+          channel.fprop();
+        } else {
+          channel.dgrad();
+        }
+      }
+    });
+  });
+}
+
+BatchNormKernel reference_row(Direction direction) {
+  BatchNormKernel row;
+  row.name = std::string("batch_norm_reference_") + name_of(direction);
+  row.op = "batch_norm";
+  row.direction = direction;
+  row.backend = Backend::kCpu;
+  row.arch = "portable";
+  row.dtypes = kAllDTypes;
+  row.layouts = kAllLayouts;
+  row.supports = [](const BatchNormProblem&, const Device&) { return std::string(); };
+  row.cost = [](const BatchNormProblem& t, const Device& device) {
+    return streaming_cost(t.bytes(), kReferenceBandwidth, device);
+  };
+  row.launch = [direction](const BatchNormProblem& t, const BatchNormArgs& a,
+                           const Context& context) { launch_reference(t, a, context, direction); };
+  return row;
+}
+
+}  // namespace
+
+void add_cpu_batch_norm_rows(KernelTable& table) {
+  table.batch_norm.push_back(reference_row(Direction::kFprop));
+  table.batch_norm.push_back(reference_row(Direction::kDgrad));
+}
+
+}  // namespace fastconv

@@ -1,0 +1,28 @@
+// One instruction set's copy of Conv2dOps.
+#include "cpu/conv2d_simd.inl"
+//
+#include "cpu/conv2d_gemm.inl"
+#include "cpu/conv2d_pack.inl"
+#include "cpu/conv2d_store.inl"
+
+namespace fastconv::FASTCONV_ISA::conv2d {
+
+template <class T>
+inline const Conv2dOps<T>& ops() {
+  using Acc = accumulator_t<T>;
+  static const Conv2dOps<T> table = {kLanes<Acc>,
+                                     kTileM,
+                                     kTileVectors * kLanes<Acc>,
+                                     gemm<Acc>,
+                                     gemm_table<Acc>,
+                                     im2row<T>,
+                                     im2col<T>,
+                                     permute<Acc, T, Acc>,
+                                     permute<Acc, Acc, T>,
+                                     store_row<T>,
+                                     add_rows<T>,
+                                     sum_run<T>};
+  return table;
+}
+
+}  // namespace fastconv::FASTCONV_ISA::conv2d

@@ -1,0 +1,129 @@
+// From accumulators to the output: scale, shift, residual, activation, one rounding. Included once
+// for each instruction set: see isa.h.
+
+namespace fastconv::FASTCONV_ISA::conv2d {
+
+// exp for vectors: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 6 for exp(r) (its
+// error is below 2^-24 there) and an exponent of n. Arguments are clamped to where 2^n is a normal
+// number; NaN stays NaN.
+FASTCONV_INLINE Vec<float> exponential(Vec<float> x) {
+  const Vec<float> zeros = {};
+  x = x > 88.0f ? zeros + 88.0f : x;
+  x = x < -87.0f ? zeros - 87.0f : x;
+  const float kRound = 0x1.8p23f;  // adding it leaves n in the lowest mantissa bits
+  const Vec<float> shifted = x * 0x1.715476p0f + kRound;
+  const Vec<float> n = shifted - kRound;
+  Vec<float> r = x - n * 0x1.62e400p-1f;  // ln 2 in two parts: n times the first one is exact
+  r = r - n * 0x1.7f7d1cp-20f;
+  Vec<float> p = zeros + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (Vec<float>)(((FloatBits)shifted + 127u) << 23);
+}
+FASTCONV_INLINE Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// core/epilogue.h's activate, a vector at a time.
+template <class Acc>
+FASTCONV_INLINE Vec<Acc> activate_vector(Vec<Acc> z, Activation activation, Acc slope) {
+  const Vec<Acc> zeros = {};
+  switch (activation) {
+    case Activation::kNone:
+      return z;
+    case Activation::kReLU:
+      return z < zeros ? zeros : z;
+    case Activation::kReLU6:
+      z = z < zeros ? zeros : z;
+      return z > 6 ? zeros + 6 : z;
+    case Activation::kLeakyReLU:
+      return z < zeros ? z * slope : z;
+    case Activation::kSiLU:
+      return z / (1 + exponential(-z));
+    case Activation::kHardSwish: {
+      Vec<Acc> gate = z + 3;
+      gate = gate < zeros ? zeros : gate;
+      gate = gate > 6 ? zeros + 6 : gate;
+      return z * gate / 6;
+    }
+    case Activation::kSigmoid:
+      return 1 / (1 + exponential(-z));
+  }
+  return z;
+}
+
+// The value to be stored at columns [i, i + n), n <= kLanes.
+template <class T>
+FASTCONV_INLINE Vec<accumulator_t<T>> finish(const RowEpilogue<T>& e, Vec<accumulator_t<T>> z,
+                                             int64_t i, int64_t n, int64_t step) {
+  using Acc = accumulator_t<T>;
+  const bool whole = n == kLanes<Acc>;
+  if (e.scale != nullptr) {
+    z = !e.per_column ? z * e.scale[0]
+                      : z * (whole ? load(e.scale + i) : load_part<Acc>(e.scale + i, n));
+  }
+  if (e.shift != nullptr) {
+    z = !e.per_column ? z + e.shift[0]
+                      : z + (whole ? load(e.shift + i) : load_part<Acc>(e.shift + i, n));
+  }
+  if (e.residual != nullptr) {
+    z += whole && step == 1 ? load(e.residual + i) : load_part<Acc>(e.residual + i, n);
+  }
+  return activate_vector<Acc>(z, e.activation, e.slope);
+}
+
+// A step other than 1 is dgrad's, of one parity class in NCHW: it has no residual.
+template <class T>
+void store_row(const RowEpilogue<T>& e, const accumulator_t<T>* acc, int64_t n, T* out,
+               int64_t step) {
+  using Acc = accumulator_t<T>;
+  constexpr int L = kLanes<Acc>;
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t width = n - i < L ? n - i : L;
+    const Vec<Acc> z = width == L ? load(acc + i) : load_part<Acc>(acc + i, width);
+    const Vec<Acc> y = finish(e, z, i, width, step);
+    if (step != 1) {
+      T lanes[L];
+      store(lanes, y);
+      for (int64_t l = 0; l < width; ++l) out[(i + l) * step] = lanes[l];
+    } else if (width == L) {
+      store(out + i, y);
+    } else {
+      store_part<Acc>(out + i, y, width);
+    }
+  }
+}
+
+// bgrad: sums in float64 cost nothing where memory is the limit, and make the order irrelevant to
+// the error.
+template <class T>
+void add_rows(const T* src, int64_t rows, int64_t ld, int64_t n, double* sum) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* p = src + row * ld;
+    for (int64_t i = 0; i < n; ++i)
+      sum[i] += static_cast<double>(static_cast<accumulator_t<T>>(p[i]));
+  }
+}
+template <class T>
+double sum_run(const T* src, int64_t n) {
+  constexpr int kWays = 16;  // independent sums, so that additions overlap
+  double ways[kWays] = {};
+  int64_t i = 0;
+  for (; i + kWays <= n; i += kWays) {
+    for (int w = 0; w < kWays; ++w) {
+      ways[w] += static_cast<double>(static_cast<accumulator_t<T>>(src[i + w]));
+    }
+  }
+  for (int w = 0; i < n; ++i, ++w)
+    ways[w] += static_cast<double>(static_cast<accumulator_t<T>>(src[i]));
+  double sum = 0;
+  for (const double way : ways) sum += way;
+  return sum;
+}
+
+}  // namespace fastconv::FASTCONV_ISA::conv2d

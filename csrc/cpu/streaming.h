@@ -1,0 +1,29 @@
+// What a memory-bound kernel costs.
+#pragma once
+
+#include <algorithm>
+
+#include "core/kernel_table.h"
+#include "cpu/isa.h"
+
+namespace fastconv {
+
+// Gigabytes a second that one thread of a row moves, measured on an EPYC with DDR5 (a plain copy:
+// 11): the vector rows keep up with memory and differ by their arithmetic on what the cache holds;
+// portable has a quarter of AVX-512's lanes and converts 16-bit types with integer instructions.
+constexpr double kAvx512Bandwidth = 10, kAvx2Bandwidth = 9, kPortableBandwidth = 4;
+constexpr double kReferenceBandwidth = 0.3;  // scalar, an index computation for each element
+
+constexpr double bandwidth_of(CpuIsa isa) {
+  return isa == CpuIsa::kAvx512 ? kAvx512Bandwidth
+         : isa == CpuIsa::kAvx2 ? kAvx2Bandwidth
+                                : kPortableBandwidth;
+}
+
+// Microseconds to move `bytes`. More than 16 threads wait for the same memory.
+inline double streaming_cost(double bytes, double gigabytes_per_second, const Device& device) {
+  const int threads = std::min(std::max(device.threads, 1), 16);
+  return 1.0 + bytes / (1e3 * gigabytes_per_second * threads);
+}
+
+}  // namespace fastconv
