@@ -138,15 +138,20 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
     return ops::conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups)
         .squeeze(0);
   }
-  const Geometry geometry(stride, padding, dilation, groups);
+  const bool tangents = has_tangent(input) || has_tangent(weight) || has_tangent(bias);
   const auto node = make_node<Conv2dBackward>(input, weight, bias);
+  if (!node && !tangents) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups));
+  }
+  const Geometry geometry(stride, padding, dilation, groups);
   if (node) node->keep(geometry, input, weight);
   const Tensor out = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return geometry.fprop(input, weight, bias);
   }();
   set_history(out, node);
-  if (has_tangent(input) || has_tangent(weight) || has_tangent(bias)) {
+  if (tangents) {
     Tensor tangent = bilinear_tangent(input, weight, [&](const Tensor& x, const Tensor& w) {
       return geometry.fprop(x, w);
     });

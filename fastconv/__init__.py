@@ -1,0 +1,41 @@
+"""fastconv: convolution, pooling and fused Conv-BN-ReLU kernels for PyTorch.
+
+Use ``fastconv.Conv2d`` in place of ``torch.nn.Conv2d`` (and ``MaxPool2d``, ``AvgPool2d``,
+``AdaptiveAvgPool2d``, ``BatchNorm2d`` alike), ``fastconv.functional`` in place of
+``torch.nn.functional``, or take a whole network from ``fastconv.models``.
+"""
+
+import warnings
+
+from fastconv import functional, models
+from fastconv._extension import ExtensionWarning, available, explanation
+from fastconv._version import __version__
+from fastconv.modules import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    ConvBNReLU2d,
+    MaxPool2d,
+)
+from fastconv.selection import allow_fallback, backend, explain, kernel, kernels
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm2d",
+    "Conv2d",
+    "ConvBNReLU2d",
+    "MaxPool2d",
+    "__version__",
+    "allow_fallback",
+    "backend",
+    "explain",
+    "functional",
+    "kernel",
+    "kernels",
+    "models",
+]
+
+if not available:
+    warnings.warn(explanation, ExtensionWarning, stacklevel=2)

@@ -1,0 +1,409 @@
+"""torch.nn.functional's convolution, pooling and normalisation, on fastconv's kernels.
+
+Names, arguments, defaults, results, memory formats and exception types are torch's. Shapes are
+written in CUTLASS's letters: input (N, C, H, W), weight (K, C / groups, R, S), output (N, K, P, Q).
+"""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import interpolate, relu
+from torch.utils.checkpoint import checkpoint
+
+from fastconv import _extension
+
+__all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "batch_norm",
+    "conv2d",
+    "conv_bn_relu",
+    "interpolate",
+    "max_pool2d",
+    "relu",
+]
+
+
+def _operator(name):
+    """torch.ops.fastconv.<name>, or what raises a clear ImportError where nothing is compiled."""
+    if _extension.available:
+        return getattr(torch.ops.fastconv, name).default
+
+    def missing(*args, **kwargs):
+        raise ImportError(_extension.explanation)
+
+    return missing
+
+
+_conv2d = _operator("conv2d")
+_conv_bn_act = _operator("conv_bn_act")
+_max_pool2d = _operator("max_pool2d")
+_max_pool2d_with_indices = _operator("max_pool2d_with_indices")
+_avg_pool2d = _operator("avg_pool2d")
+_adaptive_avg_pool2d = _operator("adaptive_avg_pool2d")
+_batch_norm_training = _operator("batch_norm_training")
+_batch_norm_inference = _operator("batch_norm_inference")
+
+
+def _check_tensors(op, **tensors):
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) and value is not None:
+            raise TypeError(f"{op}(): {name} must be a Tensor, but got {type(value).__name__}")
+
+
+def _one_int(op, name, value, whole):
+    if isinstance(value, int | torch.SymInt):
+        return value
+    try:
+        return operator.index(value)  # numpy's integers, tensors of one integer
+    except TypeError:
+        raise TypeError(
+            f"{op}(): argument '{name}' must be an int or a tuple of ints, but got {whole!r}"
+        ) from None
+
+
+def as_ints(op, name, value):
+    """An int as (int, int); a tuple or list as a tuple. The operators check how many there are.
+
+    Raises:
+        TypeError: for anything that is not an integer.
+    """
+    # The two usual spellings first: this runs four times a call.
+    if type(value) is int:
+        return (value, value)
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_one_int(op, name, v, value) for v in value)
+    value = _one_int(op, name, value, value)
+    return (value, value)
+
+
+def resolve_padding(input, weight, stride, padding, dilation):
+    """'same' and 'valid' as numbers; 'same' may pad the input by one more at the far end."""
+    if not isinstance(padding, str):
+        return input, as_ints("conv2d", "padding", padding)
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"padding must be 'same', 'valid' or numbers, but got {padding!r}")
+    if weight.dim() != 4 or input.dim() not in (3, 4):
+        return input, (0, 0)  # the convolution refuses it
+    if any(s != 1 for s in stride):
+        raise RuntimeError(
+            f"padding='same' is not supported for strided convolutions, but stride is {stride}"
+        )
+    total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    left = [t // 2 for t in total]
+    if any(t % 2 for t in total) and min(total) >= 0:
+        input = F.pad(input, [0, total[1] - 2 * left[1], 0, total[0] - 2 * left[0]])
+    return input, left
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """2-D convolution (cross-correlation), as :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        weight: (K, C / groups, R, S).
+        bias: (K) or None.
+        stride, padding, dilation: one int, or (height, width), in elements. padding may be "same"
+            (stride 1 only) or "valid".
+        groups: divides C and K.
+
+    Returns:
+        (N, K, P, Q), with P = floor((H + 2 * padding - dilation * (R - 1) - 1) / stride) + 1 and Q
+        alike. It is channels_last when the input or the weight is.
+
+    Raises:
+        RuntimeError: for sizes, dtypes or devices that do not fit; the message names the value.
+    """
+    _check_tensors("conv2d", input=input, weight=weight, bias=bias)
+    stride = as_ints("conv2d", "stride", stride)
+    dilation = as_ints("conv2d", "dilation", dilation)
+    input, padding = resolve_padding(input, weight, stride, padding, dilation)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def max_pool2d(
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
+):
+    """2-D max pooling, as :func:`torch.nn.functional.max_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        kernel_size, stride, padding, dilation: one int, or (height, width). stride None means
+            kernel_size; padding is at most half of the dilated kernel.
+        ceil_mode: let the last window hang over the edge.
+        return_indices: also return where each maximum stood, int64, as h * W + w.
+
+    NaN wins, and of equal maxima the first.
+    """
+    _check_tensors("max_pool2d", input=input)
+    pool = _max_pool2d_with_indices if return_indices else _max_pool2d
+    return pool(
+        input,
+        as_ints("max_pool2d", "kernel_size", kernel_size),
+        () if stride is None else as_ints("max_pool2d", "stride", stride),
+        as_ints("max_pool2d", "padding", padding),
+        as_ints("max_pool2d", "dilation", dilation),
+        ceil_mode,
+    )
+
+
+def avg_pool2d(
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    """2-D average pooling, as :func:`torch.nn.functional.avg_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        kernel_size, stride, padding: one int, or (height, width). stride None means kernel_size.
+        ceil_mode: let the last window hang over the edge.
+        count_include_pad: whether padding counts among the elements that a sum is divided by.
+        divisor_override: what to divide by instead.
+    """
+    _check_tensors("avg_pool2d", input=input)
+    return _avg_pool2d(
+        input,
+        as_ints("avg_pool2d", "kernel_size", kernel_size),
+        () if stride is None else as_ints("avg_pool2d", "stride", stride),
+        as_ints("avg_pool2d", "padding", padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
+
+
+def adaptive_avg_pool2d(input, output_size):
+    """2-D adaptive average pooling, as :func:`torch.nn.functional.adaptive_avg_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        output_size: one int, or (P, Q), where None keeps the input's size. Window p spans rows
+            floor(p * H / P) to ceil((p + 1) * H / P).
+
+    Raises:
+        ValueError: for an input of fewer than three dimensions.
+    """
+    _check_tensors("adaptive_avg_pool2d", input=input)
+    if not isinstance(output_size, int | torch.SymInt):
+        if input.dim() <= len(output_size):
+            raise ValueError(
+                f"Input dimension should be at least {len(output_size) + 1}, "
+                f"but the input has size {tuple(input.shape)}"
+            )
+        kept = input.shape[input.dim() - len(output_size) :]
+        output_size = [
+            old if new is None else new for new, old in zip(output_size, kept, strict=True)
+        ]
+    return _adaptive_avg_pool2d(input, as_ints("adaptive_avg_pool2d", "output_size", output_size))
+
+
+def _update_running(running, batch, momentum):
+    if running is not None:
+        running.mul_(1 - momentum).add_(batch, alpha=momentum)
+
+
+def _update_statistics(input, running_mean, running_var, mean, var, momentum):
+    """Running statistics as torch keeps them: the variance unbiased, n / (n - 1)."""
+    if running_mean is None and running_var is None:
+        return
+    count = input.numel() // input.size(1)
+    _update_running(running_mean, mean, momentum)
+    _update_running(running_var, var * (count / (count - 1)), momentum)
+
+
+def _check_batch_norm(input, training, eps):
+    if training:
+        values = input.numel() // max(input.size(1), 1) if input.dim() > 1 else 0
+        if values == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size "
+                f"{input.size()}"
+            )
+        if eps <= 0.0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    elif eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def batch_norm(
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """Batch normalisation, as :func:`torch.nn.functional.batch_norm`.
+
+    Args:
+        input: (N, C) or (N, C, ...).
+        running_mean, running_var: (C) or None. Read in evaluation; in training moved towards the
+            batch's statistics by ``momentum``, in place.
+        weight, bias: (C) or None.
+
+    Raises:
+        ValueError: in training, for a single value per channel or eps <= 0.
+        RuntimeError: for sizes or dtypes that do not fit.
+    """
+    _check_tensors("batch_norm", input=input, running_mean=running_mean, running_var=running_var)
+    _check_tensors("batch_norm", weight=weight, bias=bias)
+    _check_batch_norm(input, training, eps)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise RuntimeError(
+                "batch_norm: running_mean and running_var must be given in evaluation mode, but "
+                f"got {type(running_mean).__name__} and {type(running_var).__name__}"
+            )
+        return _batch_norm_inference(input, weight, bias, running_mean, running_var, eps)
+    _check_running(input, running_mean, running_var)
+    out, mean, var = _batch_norm_training(input, weight, bias, eps)
+    _update_statistics(input, running_mean, running_var, mean, var, momentum)
+    return out
+
+
+def _check_running(input, *statistics):
+    for running in statistics:
+        if running is not None and running.shape != input.shape[1:2]:
+            raise RuntimeError(
+                f"batch_norm: running statistics should contain {input.shape[1]} elements, but "
+                f"have size {tuple(running.shape)}"
+            )
+
+
+_ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def activation_name(activation):
+    """The name as the kernels know it; None stands for "none".
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    name = "none" if activation is None else activation
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(_ACTIVATIONS)} or None, but got {activation!r}"
+        )
+    return name
+
+
+def conv_bn_relu(
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    bn_weight,
+    bn_bias,
+    *,
+    residual=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    activation="relu",
+    recompute=False,
+):
+    """activation(batch_norm(conv2d(input, weight, bias)) + residual).
+
+    In inference (not training, and no gradient asked for) it is one kernel. Where gradients are
+    asked for it runs as its differentiable parts, with the same results.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as of :func:`conv2d`.
+        running_mean, running_var, bn_weight, bn_bias, training, momentum, eps: as of
+            :func:`batch_norm`, over the K output channels. Without running statistics the batch's
+            own are used, in evaluation too.
+        residual: (N, K, P, Q), of the input's dtype, or None.
+        activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hardswish", "sigmoid",
+            or None.
+        recompute: in training, compute the convolution again in backward instead of keeping its
+            output.
+
+    Raises:
+        ValueError: for an unknown activation, and as :func:`batch_norm`.
+        RuntimeError: as :func:`conv2d`, and for a residual of another size.
+    """
+    activation = activation_name(activation)
+    _check_tensors("conv_bn_relu", input=input, weight=weight, bias=bias, residual=residual)
+    stride = as_ints("conv_bn_relu", "stride", stride)
+    dilation = as_ints("conv_bn_relu", "dilation", dilation)
+    input, padding = resolve_padding(input, weight, stride, padding, dilation)
+    if not training and running_mean is not None and running_var is not None:
+        _check_batch_norm(input, training, eps)
+        return _conv_bn_act(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            residual,
+            eps,
+            stride,
+            padding,
+            dilation,
+            groups,
+            activation,
+        )
+
+    def block(input, weight, bias, bn_weight, bn_bias, residual):
+        y = _conv2d(input, weight, bias, stride, padding, dilation, groups)
+        batch = y.unsqueeze(0) if y.dim() == 3 else y
+        _check_batch_norm(batch, True, eps)
+        normalised, mean, var = _batch_norm_training(batch, bn_weight, bn_bias, eps)
+        z = normalised.view_as(y)
+        if residual is not None:
+            if residual.shape != z.shape:
+                raise RuntimeError(
+                    f"conv_bn_relu: residual must have the output's size {tuple(z.shape)}, but "
+                    f"got {tuple(residual.shape)}"
+                )
+            z = z + residual
+        return _ACTIVATIONS[activation](z), mean, var
+
+    tensors = (input, weight, bias, bn_weight, bn_bias, residual)
+    if recompute and torch.is_grad_enabled():
+        out, mean, var = checkpoint(block, *tensors, use_reentrant=False)
+    else:
+        out, mean, var = block(*tensors)
+    if training:
+        _update_statistics(
+            out if out.dim() == 4 else out.unsqueeze(0),
+            running_mean,
+            running_var,
+            mean,
+            var,
+            momentum,
+        )
+    return out

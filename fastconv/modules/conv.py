@@ -1,0 +1,23 @@
+"""Conv2d."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from fastconv import functional
+
+
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` on fastconv's kernels: same arguments, parameters and state_dict.
+
+    Shapes: input (N, in_channels, H, W) or (in_channels, H, W); output (N, out_channels, P, Q) or
+    (out_channels, P, Q). A channels_last input or weight gives a channels_last output.
+    """
+
+    def _conv_forward(self, input, weight, bias):
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups
+        )

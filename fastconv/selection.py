@@ -1,0 +1,202 @@
+"""Which kernel runs: the table, the choice explained, and the ways to force it.
+
+Everything here is per thread, as torch's grad mode is. What is forced in forward holds for the
+backward of the same graph too, wherever and whenever that runs.
+"""
+
+import contextlib
+import difflib
+from typing import NamedTuple
+
+import torch
+
+from fastconv import _extension
+from fastconv.functional import as_ints, resolve_padding
+
+BACKENDS = ("cuda", "triton", "cpu", "emulator", "aten")
+
+
+class KernelInfo(NamedTuple):
+    """One row of the kernel table."""
+
+    name: str  # unique: operation_algorithm_architecture_direction
+    op: str  # "conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "batch_norm"
+    direction: str  # "fprop", "dgrad", "wgrad", "bgrad" (the bias gradient)
+    backend: str  # "cuda", "triton", "cpu", "emulator"
+    arch: str  # the least it runs on: "portable", "avx2", "avx512", "sm_80", ...
+    dtypes: tuple[torch.dtype, ...]
+    layouts: tuple[str, ...]  # "NCHW", "NHWC"
+
+
+def kernels() -> list[KernelInfo]:
+    """The kernel table, in the order in which rows are considered."""
+    return [
+        KernelInfo(*columns, tuple(getattr(torch, d) for d in dtypes), tuple(layouts))
+        for *columns, dtypes, layouts in _extension.load().kernels()
+    ]
+
+
+class Candidate(NamedTuple):
+    """A row that was considered: ``reason`` says why it cannot run; None means that it can."""
+
+    name: str
+    reason: str | None
+    cost_us: float | None  # the expected microseconds by which rows are compared
+
+
+class Explanation(str):
+    """What :func:`explain` returns: a text to print, with the facts as attributes."""
+
+    kernel: str  # the row that runs, or "aten"
+    backend: str
+    candidates: tuple[Candidate, ...]
+
+
+def explain(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, direction="fprop"
+) -> Explanation:
+    """Says which kernel a convolution runs, and why each other row of the table does not.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as of
+            :func:`fastconv.functional.conv2d`. Only shapes, dtypes, devices and memory formats are
+            read; nothing is computed.
+        direction: "fprop", "dgrad", "wgrad" or "bgrad".
+
+    Returns:
+        A string to print, whose ``kernel`` is the row's name ("aten" where no kernel of ours runs)
+        and whose ``candidates`` list every row in table order.
+
+    Raises:
+        RuntimeError: for arguments that conv2d refuses.
+        ValueError: for an unknown direction.
+    """
+    stride = as_ints("explain", "stride", stride)
+    dilation = as_ints("explain", "dilation", dilation)
+    input, padding = resolve_padding(input, weight, stride, padding, dilation)
+    chosen, reason, rows = _extension.load().explain_conv2d(
+        direction, input, weight, bias, stride, padding, dilation, groups
+    )
+    candidates = tuple(Candidate(n, why or None, None if why else cost) for n, why, cost in rows)
+    lines = [
+        f"conv2d {direction}, input {tuple(input.shape)}, weight {tuple(weight.shape)}, "
+        f"{str(input.dtype).removeprefix('torch.')} on {input.device}",
+        f"runs: {chosen}" + (f" ({reason})" if reason and not rows else ""),
+    ]
+    for candidate in candidates:
+        if candidate.name == chosen:
+            lines.append(f"  * {candidate.name}: chosen, expected {candidate.cost_us:.1f} us")
+        elif candidate.reason is None:
+            lines.append(f"    {candidate.name}: slower, expected {candidate.cost_us:.1f} us")
+        else:
+            lines.append(f"    {candidate.name}: {candidate.reason}")
+    result = Explanation("\n".join(lines))
+    result.kernel = chosen
+    result.candidates = candidates
+    result.backend = next((k.backend for k in kernels() if k.name == chosen), "aten")
+    return result
+
+
+def _close_matches(name, names):
+    found = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+class _Forced(contextlib.ContextDecorator):
+    """Enters one change of the thread's selection and undoes it at the end; nests."""
+
+    _position: int  # in the tuple (backend, kernel, allow_fallback)
+
+    def __init__(self, value):
+        self._value = value
+        self._saved = []
+
+    def __enter__(self):
+        extension = _extension.load()
+        saved = extension.get_selection()
+        self._saved.append(saved)
+        changed = list(saved)
+        changed[self._position] = self._value
+        extension.set_selection(*changed)
+        return self
+
+    def __exit__(self, *exception):
+        _extension.load().set_selection(*self._saved.pop())
+
+
+class backend(_Forced):
+    """``with fastconv.backend("cpu"):`` runs every operation on that backend, or raises.
+
+    Args:
+        name: "cuda", "triton", "cpu", "emulator" or "aten" (PyTorch's own kernels).
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for a backend that this build has no kernel of.
+    """
+
+    _position = 0
+
+    def __init__(self, name: str):
+        if name not in BACKENDS:
+            raise ValueError(
+                f"backend must be one of {', '.join(BACKENDS)}, but got {name!r}"
+                + _close_matches(name, BACKENDS)
+            )
+        if name != "aten" and not any(k.backend == name for k in kernels()):
+            raise RuntimeError(f"backend {name!r} is not available: {_why_absent(name)}")
+        super().__init__(name)
+
+
+def _why_absent(name):
+    if name == "cuda":
+        return "this fastconv was built without CUDA"
+    return f"this version of fastconv has no {name} kernels"
+
+
+class kernel(_Forced):
+    """``with fastconv.kernel("name"):`` runs that row of the table wherever it could be chosen.
+
+    It binds the row's own operation and direction; all else is chosen as ever.
+
+    Raises:
+        ValueError: for a name that is not in :func:`kernels`.
+    """
+
+    _position = 1
+
+    def __init__(self, name: str):
+        names = [k.name for k in kernels()]
+        if name not in names:
+            raise ValueError(
+                f"no kernel is named {name!r}"
+                + _close_matches(name, names)
+                + " (fastconv.kernels() lists them)"
+            )
+        super().__init__(name)
+
+
+class allow_fallback(contextlib.ContextDecorator):
+    """``fastconv.allow_fallback(False)`` makes every fallback to ATen an error, from now on.
+
+    As a ``with`` block it holds until the block ends. ``backend("aten")`` asks for ATen and stays
+    permitted.
+    """
+
+    def __init__(self, allowed: bool = True):
+        extension = _extension.load()
+        forced_backend, forced_kernel, self._previous = extension.get_selection()
+        self._allowed = bool(allowed)
+        extension.set_selection(forced_backend, forced_kernel, self._allowed)
+
+    def __enter__(self):
+        self._set(self._allowed)  # once more: a decorated function enters again at each call
+        return self
+
+    def __exit__(self, *exception):
+        self._set(self._previous)
+
+    @staticmethod
+    def _set(allowed):
+        extension = _extension.load()
+        extension.set_selection(*extension.get_selection()[:2], allowed)
