@@ -1,0 +1,1 @@
+"""Measuring fastconv beside torch.nn: shapes, timing, peers, tables."""

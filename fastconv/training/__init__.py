@@ -1,0 +1,1 @@
+"""What it takes to train a network here and see what it learned: data, loop, metrics, plots."""
