@@ -1,0 +1,46 @@
+"""Fixtures and settings of all tests. Helpers: references.py (right answers), support.py."""
+
+import os
+import sys
+
+# pytest imports test files without touching sys.path (importmode=importlib).
+sys.path.insert(0, os.path.dirname(__file__))
+
+import fastconv
+import hypothesis
+import pytest
+import support
+import torch
+
+hypothesis.settings.register_profile(
+    "default", max_examples=150, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("thorough", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: large sweeps, run by `make test-all`")
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(20)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=support.backends(), ids=str)
+def backend(request):
+    """Each backend that runs here, forced; its `device` is where tensors go."""
+    with fastconv.backend(request.param.name):
+        yield request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    if support.coverage:
+        terminalreporter.section("what was covered")
+        for name, count in sorted(support.coverage.items()):
+            terminalreporter.write_line(f"{count:8d}  {name}")

@@ -1,0 +1,261 @@
+"""How tests choose what to run and judge what came out; see references.py for the right answers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+
+import fastconv
+import references
+import torch
+import torch.nn.functional as F
+from fastconv.benchmarking.shapes import ConvShape
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+LAYOUT_PAIRS = [(a, b) for a in FORMATS for b in FORMATS]  # of input and filter
+
+# What a run of the tests has covered; conftest prints it at the end.
+coverage: Counter[str] = Counter()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    def __str__(self):
+        return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
+
+
+def table() -> list:
+    """The rows of the kernel table that this machine can run."""
+    here = {backend.name for backend in backends()}
+    return [row for row in fastconv.kernels() if row.backend in here and runs_here(row)]
+
+
+def runs_here(row) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if row.arch == "avx512":
+        return capability.startswith("AVX512")
+    if row.arch == "avx2":
+        return capability.startswith("AVX")
+    if row.arch.startswith("sm_") and row.backend != "emulator":
+        major, minor = torch.cuda.get_device_capability()
+        needed = int(row.arch[3:].rstrip("a"))
+        here = 10 * major + minor
+        return needed == here if row.arch.endswith("a") else needed <= here
+    return True
+
+
+@functools.cache
+def backends() -> tuple[Backend, ...]:
+    """Those that can run here. The one list: a new backend is picked up by every test."""
+    compiled = {row.backend for row in fastconv.kernels()}
+    gpu = torch.cuda.is_available()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    candidates = (
+        (Backend("cpu", "cpu"), "cpu" in compiled),
+        (Backend("aten", "cpu"), True),
+        (Backend("emulator", "cpu"), "emulator" in compiled),
+        (Backend("triton", "cpu"), "triton" in compiled and interpreted),
+        (Backend("triton", "cuda"), "triton" in compiled and gpu and not interpreted),
+        (Backend("cuda", "cuda"), "cuda" in compiled and gpu),
+        (Backend("aten", "cuda"), gpu),
+    )
+    return tuple(backend for backend, runs in candidates if runs)
+
+
+def rows(op: str, direction: str) -> list:
+    return [row for row in table() if row.op == op and row.direction == direction]
+
+
+def row_device(row) -> str:
+    return next(b.device for b in backends() if b.name == row.backend)
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def max_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute difference from a float64 reference; infinite when shapes differ."""
+    if actual.shape != reference.shape:
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.detach().double().cpu() - reference.detach()).abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
+def contract_failure(actual, reference, peer_error: float) -> str:
+    """Empty when error <= 2 x PyTorch's own + eps(dtype) * max|reference|, both against float64."""
+    largest = reference.abs().max().item() if reference.numel() else 0.0
+    allowed = 2 * peer_error + eps(actual.dtype) * largest
+    error = max_error(actual, reference)
+    if error <= allowed:
+        return ""
+    shapes = f"{tuple(actual.shape)} for {tuple(reference.shape)}"
+    return f"error {error:.3g} > {allowed:.3g} (PyTorch's {peer_error:.3g}; shape {shapes})"
+
+
+def assert_contract(actual, reference, peers) -> None:
+    failure = contract_failure(actual, reference, max(max_error(p, reference) for p in peers))
+    assert not failure, failure
+
+
+def exact_failure(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    """Empty when every element is the float64 reference, rounded once."""
+    expected = reference.detach().to(actual.dtype)
+    actual = actual.detach().cpu()
+    if actual.shape != expected.shape:
+        return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    wrong = ~((actual == expected) | (actual.isnan() & expected.isnan()))
+    if not wrong.any():
+        return ""
+    where = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} elements differ, first at {where}: "
+        f"{actual[where].item()} for {expected[where].item()}"
+    )
+
+
+def assert_exact(actual, reference) -> None:
+    failure = exact_failure(actual, reference)
+    assert not failure, failure
+
+
+def assert_same_format(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Strides agree wherever a dimension has more than one element to step over."""
+    assert actual.shape == expected.shape
+    steps = [i for i, n in enumerate(actual.shape) if n > 1]
+    if actual.numel():
+        got, wanted = ([t.stride(i) for i in steps] for t in (actual, expected))
+        assert got == wanted, f"strides {actual.stride()}, torch's {expected.stride()}"
+
+
+def integers(shape, generator, low=-2, high=2, dtype=torch.float64):
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+
+
+def normal(shape, generator, dtype=torch.float64):
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class ConvCase:
+    """Inputs of one convolution in one dtype, with float64 answers and PyTorch's own errors."""
+
+    def __init__(self, shape: ConvShape, kind: str, dtype: torch.dtype):
+        self.shape, self.dtype = shape, dtype
+        generator = torch.Generator().manual_seed(sum(shape.input + shape.weight))
+        make = integers if kind == "integers" else normal
+        self.input = make(shape.input, generator).to(dtype)
+        self.weight = make(shape.weight, generator).to(dtype)
+        self.bias = make((shape.K,), generator).to(dtype)
+        self.grad = make(shape.output, generator).to(dtype)
+
+    @functools.cached_property
+    def reference(self) -> dict[str, torch.Tensor]:
+        x, w, b, grad = (t.double() for t in (self.input, self.weight, self.bias, self.grad))
+        answers = {"fprop": references.conv2d(x, w, b, **self.shape.options)}
+        gradients = references.conv2d_gradients(x, w, grad, **self.shape.options)
+        return answers | dict(zip(("dgrad", "wgrad", "bgrad"), gradients, strict=True))
+
+    @functools.cached_property
+    def peer_error(self) -> dict[str, float]:
+        """The larger of the errors of torch's two layouts."""
+        errors = dict.fromkeys(self.reference, 0.0)
+        for layout in FORMATS:
+            for direction, got in run_conv(F.conv2d, self, layout, layout).items():
+                errors[direction] = max(
+                    errors[direction], max_error(got, self.reference[direction])
+                )
+        return errors
+
+
+@functools.cache
+def conv_case(shape: ConvShape, kind: str, dtype: torch.dtype) -> ConvCase:
+    return ConvCase(shape, kind, dtype)
+
+
+def run_conv(function, case: ConvCase, input_layout, filter_layout, want=None, device="cpu"):
+    """fprop and the three gradients through autograd, or those named in `want`."""
+    want = ("fprop", "dgrad", "wgrad", "bgrad") if want is None else want
+    formats = (FORMATS[input_layout], FORMATS[filter_layout])
+    # A copy, so that the strides of sizes of one follow the format too.
+    x, w = (
+        torch.empty_like(t, device=device, memory_format=f).copy_(t)
+        for t, f in zip((case.input, case.weight), formats, strict=True)
+    )
+    b = case.bias.to(device).clone()
+    wanted = [
+        t.requires_grad_() for t, d in ((x, "dgrad"), (w, "wgrad"), (b, "bgrad")) if d in want
+    ]
+    out = function(x, w, b, **case.shape.options)
+    results = {"fprop": out}
+    if wanted:
+        grad = torch.empty_like(case.grad, device=device, memory_format=formats[0])
+        gradients = torch.autograd.grad(out, wanted, grad.copy_(case.grad))
+        names = [d for d in ("dgrad", "wgrad", "bgrad") if d in want]
+        results |= dict(zip(names, gradients, strict=True))
+    return {d: t for d, t in results.items() if d in want}
+
+
+def outcome(function, *args, **kwargs):
+    """(result, None) or (None, exception)."""
+    try:
+        return function(*args, **kwargs), None
+    except Exception as error:
+        return None, error
+
+
+def run_python(code: str, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own: for what may end the process."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def forced(row, call):
+    """(result, "") of call() with this row alone; (None, reason) where the row says it cannot."""
+    try:
+        with fastconv.kernel(row.name):
+            return call(), ""
+    except RuntimeError as error:
+        pattern = rf"kernel {re.escape(row.name)} is forced and cannot run .*?"
+        pattern += rf"{re.escape(row.name)}: ([^;]+)"
+        found = re.search(pattern, str(error), re.DOTALL)
+        if found is None:
+            raise
+        return None, found[1]
+
+
+def must_run(row, dtype: torch.dtype) -> bool:
+    """Whether the row's columns leave it no excuse for refusing every shape of a dtype."""
+    return dtype in row.dtypes and set(row.layouts) == set(FORMATS)
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

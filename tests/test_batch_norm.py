@@ -1,0 +1,327 @@
+"""BatchNorm: every row, training and inference, forward and backward, and the running statistics."""
+
+import copy
+
+import fastconv
+import fastconv.functional as ff
+import pytest
+import references
+import support
+import torch
+import torch.nn.functional as F
+from fastconv.benchmarking.shapes import NORM_EDGES
+from support import (
+    DTYPES,
+    FORMATS,
+    assert_exact,
+    contract_failure,
+    forced,
+    integers,
+    max_error,
+    must_run,
+    name_of,
+    normal,
+)
+
+NAMES = ("out", "input", "weight", "bias")
+
+
+def placed(t, layout, device="cpu"):
+    return torch.empty_like(t, device=device, memory_format=FORMATS[layout]).copy_(t)
+
+
+def make(size, dtype, parameter_dtype=None, offset=0.0):
+    """input, grad, weight, bias, running mean, running var."""
+    generator = torch.Generator().manual_seed(sum(size))
+    parameter_dtype = parameter_dtype or dtype
+    x = (normal(size, generator) * 3 + offset).to(dtype)
+    grad = normal(size, generator).to(dtype)
+    weight, bias, mean = (normal(size[1], generator).to(parameter_dtype) for _ in range(3))
+    var = (normal(size[1], generator).abs() + 0.5).to(parameter_dtype)
+    return x, grad, weight, bias, mean + offset, var
+
+
+def run(function, tensors, layout, training, device="cpu", eps=1e-5):
+    """Output and the three gradients, by name."""
+    x, grad = (placed(t, layout, device) for t in tensors[:2])
+    weight, bias, mean, var = (t.to(device).clone() for t in tensors[2:])
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    statistics = (None, None) if training else (mean, var)
+    out = function(x, *statistics, weight, bias, training, 0.1, eps)
+    return dict(zip(NAMES, (out, *torch.autograd.grad(out, leaves, grad)), strict=True))
+
+
+def reference(tensors, training, eps=1e-5):
+    def double(x, mean, var, weight, bias, training, momentum, eps):
+        return references.batch_norm(x, weight, bias, mean, var, eps)
+
+    return run(double, [t.double() for t in tensors], "NCHW", training, eps=eps)
+
+
+def peer_errors(tensors, training, expected):
+    peers = [run(F.batch_norm, tensors, layout, training) for layout in FORMATS]
+    return {name: max(max_error(p[name], expected[name]) for p in peers) for name in NAMES}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_contract(direction, training, dtype, layout):
+    rows = support.rows("batch_norm", direction)
+    assert rows
+    cases = []
+    for size in NORM_EDGES:
+        tensors = make(size, dtype)
+        expected = reference(tensors, training)
+        cases.append((size, tensors, expected, peer_errors(tensors, training, expected)))
+    for row in rows:
+        wrong, ran = [], 0
+        for size, tensors, expected, errors in cases:
+            device = support.row_device(row)
+            got, reason = forced(
+                row, lambda t=tensors, d=device: run(ff.batch_norm, t, layout, training, d)
+            )
+            if reason:
+                continue
+            ran += 1
+            names = NAMES[:1] if direction == "fprop" else NAMES[1:]
+            failures = [contract_failure(got[n], expected[n], errors[n]) for n in names]
+            wrong += [f"{size} {n}: {f}" for n, f in zip(names, failures, strict=True) if f]
+        support.coverage[f"batch_norm {direction}: row x size x dtype x layout x mode"] += ran
+        assert not wrong, f"{row.name}, {len(wrong)} of {ran}:\n" + "\n".join(wrong)
+        assert ran or not must_run(row, dtype), f"{row.name} ran nothing"
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_inference_of_integers_is_exact(dtype, layout, backend):
+    """eps = 1 and variances 0, 3 and 15: the roots are 1, 2 and 4."""
+    generator = torch.Generator().manual_seed(1)
+    for size in NORM_EDGES:
+        x = integers(size, generator, -5, 5).to(dtype)
+        mean, weight, bias = (integers((size[1],), generator, -3, 3).to(dtype) for _ in range(3))
+        var = torch.tensor([0.0, 3.0, 15.0], dtype=dtype)[torch.arange(size[1]) % 3]
+        args = [t.to(backend.device) for t in (mean, var, weight, bias)]
+        out = ff.batch_norm(placed(x, layout, backend.device), *args, False, 0.1, 1.0)
+        expected = references.batch_norm(
+            *(t.double() for t in (x, weight, bias, mean, var)), eps=1.0
+        )
+        assert_exact(out, expected)
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e4, 1e5])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_variance_survives_a_large_offset(layout, offset, backend):
+    """E[x^2] - E[x]^2 in float32 has no correct digit left of a variance of 9 at 1e5."""
+    for size in ((8, 4, 12, 13), (1, 16, 33, 7), (64, 3, 2, 2)):
+        tensors = make(size, torch.float32, offset=offset)
+        expected = reference(tensors, True)
+        errors = peer_errors(tensors, True, expected)
+        got = run(ff.batch_norm, tensors, layout, True, backend.device)
+        for name in NAMES:
+            failure = contract_failure(got[name], expected[name], errors[name])
+            assert not failure, f"{size} {name}: {failure}"
+        # The mean is rounded to float32, half an ulp of the offset, over a deviation of 3; a value
+        # and its mean may both be off.
+        allowed = 4 * torch.finfo(torch.float32).eps * offset
+        assert max_error(got["out"], expected["out"]) < allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+def test_16_bit_input_with_float32_parameters(training, layout, dtype, backend):
+    tensors = make((4, 10, 6, 7), dtype, torch.float32)
+    expected = reference(tensors, training)
+    errors = peer_errors(tensors, training, expected)
+    got = run(ff.batch_norm, tensors, layout, training, backend.device)
+    theirs = run(F.batch_norm, tensors, layout, training)
+    for name in NAMES:
+        assert got[name].dtype == theirs[name].dtype, name
+        failure = contract_failure(got[name], expected[name], errors[name])
+        assert not failure, f"{name}: {failure}"
+
+
+def layers(**options):
+    """Ours and torch's with equal, uneven parameters and buffers."""
+    ours, theirs = (cls(5, **options) for cls in (fastconv.BatchNorm2d, torch.nn.BatchNorm2d))
+    generator = torch.Generator().manual_seed(3)
+    for t in ours.state_dict().values():
+        if t.is_floating_point():
+            t.copy_(torch.rand(t.shape, generator=generator) + 0.5)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def assert_buffers_agree(ours, theirs):
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.cpu(), b, rtol=2e-6, atol=1e-6, msg=name)
+
+
+OPTIONS = {
+    "defaults": {},
+    "momentum=None": {"momentum": None},
+    "momentum=0": {"momentum": 0.0},
+    "momentum=1": {"momentum": 1.0},
+    "affine=False": {"affine": False},
+    "track_running_stats=False": {"track_running_stats": False},
+    "eps=0.5": {"eps": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_running_statistics_are_torch(options, backend):
+    ours, theirs = layers(**OPTIONS[options])
+    ours.to(backend.device)
+    generator = torch.Generator().manual_seed(4)
+    for step in range(4):
+        x = torch.randn(3, 5, 4, 6, generator=generator) * (step + 1) + step
+        torch.testing.assert_close(ours(x.to(backend.device)).cpu(), theirs(x))
+        assert_buffers_agree(ours, theirs)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x.to(backend.device)).cpu(), theirs(x))
+    assert_buffers_agree(ours, theirs)
+
+
+def test_functional_updates_the_given_statistics_in_place(backend):
+    x = torch.randn(4, 3, 5, 5)
+    ours, theirs = ([torch.zeros(3), torch.ones(3)] for _ in range(2))
+    ours = [t.to(backend.device) for t in ours]
+    for momentum in (0.1, 0.5, 1.0):
+        ff.batch_norm(x.to(backend.device), *ours, training=True, momentum=momentum)
+        F.batch_norm(x, *theirs, training=True, momentum=momentum)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.cpu(), b)
+    before = [t.clone() for t in ours]
+    ff.batch_norm(x.to(backend.device), *ours, training=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
+def test_statistics_keep_their_dtype(dtype, backend):
+    ours, theirs = (layer.to(dtype) for layer in layers())
+    ours.to(backend.device)
+    x = torch.randn(4, 5, 6, 6).to(dtype)
+    out, expected = ours(x.to(backend.device)), theirs(x)
+    assert out.dtype == expected.dtype
+    for name in ("running_mean", "running_var"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.cpu(), b)
+
+
+def test_running_statistics_stay_out_of_the_graph(backend):
+    layer = fastconv.BatchNorm2d(3).to(backend.device)
+    layer(torch.randn(2, 3, 4, 4, device=backend.device, requires_grad=True)).sum().backward()
+    for name, buffer in layer.named_buffers():
+        assert buffer.grad_fn is None and not buffer.requires_grad, name
+
+
+def test_variance_of_running_statistics_is_unbiased(backend):
+    x = torch.tensor([0.0, 2.0], device=backend.device).reshape(2, 1, 1, 1)
+    mean, var = (torch.zeros(1, device=backend.device) for _ in range(2))
+    ff.batch_norm(x, mean, var, training=True, momentum=1.0)
+    assert (mean.item(), var.item()) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("size", [(1, 3, 1, 1), (1, 3)])
+def test_one_value_per_channel_is_refused_in_training(size, backend):
+    x = torch.ones(size, device=backend.device)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        ff.batch_norm(x, None, None, training=True)
+    mean, var = torch.zeros(3, device=backend.device), torch.ones(3, device=backend.device)
+    torch.testing.assert_close(ff.batch_norm(x, mean, var), F.batch_norm(x, mean, var))
+    if x.dim() == 4:
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            fastconv.BatchNorm2d(3).to(x.device)(x)
+
+
+@pytest.mark.parametrize("size", [(6, 3), (4, 3, 5), (2, 3, 4, 5, 2), (2, 3, 4, 1, 2, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_other_ranks_go_where_torchs_go(size, training, backend):
+    x = torch.randn(size).to(backend.device)
+    mean, var, weight, bias = (torch.rand(3, device=x.device) + 0.5 for _ in range(4))
+    ours = [mean.clone(), var.clone()]
+    out = ff.batch_norm(x, *ours, weight, bias, training)
+    torch.testing.assert_close(out, F.batch_norm(x, mean, var, weight, bias, training))
+    torch.testing.assert_close(ours, [mean, var])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_empty_batches_do_as_torchs(size, training, backend):
+    def attempt(function):
+        x = torch.ones(size, device=backend.device, requires_grad=True)
+        mean, var = torch.zeros(3, device=x.device), torch.ones(3, device=x.device)
+        weight = torch.ones(3, device=x.device, requires_grad=True)
+        out = function(x, mean, var, weight, None, training)
+        out.sum().backward()
+        return out, x.grad, weight.grad, mean, var
+
+    ours, error = support.outcome(attempt, ff.batch_norm)
+    theirs, expected = support.outcome(attempt, F.batch_norm)
+    assert type(error) is type(expected), f"{error!r}, torch's {expected!r}"
+    if expected is None:
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_nan_stays_in_its_channel(layout, backend):
+    x = torch.randn(2, 4, 5, 5)
+    x[0, 1, 2, 3], x[1, 2, 0, 0] = torch.nan, torch.inf
+    x = placed(x, layout, backend.device)
+    mean, var = torch.zeros(4, device=x.device), torch.ones(4, device=x.device)
+    out = ff.batch_norm(x, mean, var, training=True)
+    assert out[:, 1:3].isnan().all() and out[:, [0, 3]].isfinite().all()
+    assert torch.equal(mean.isfinite().cpu(), torch.tensor([True, False, False, True]))
+    assert torch.equal(var.isfinite().cpu(), torch.tensor([True, False, False, True]))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+def test_constant_channels_give_the_bias(layout, training, backend):
+    """Variance zero: eps alone stands in the denominator, and the gradient is finite."""
+    x = torch.full((3, 2, 4, 4), 7.0)
+    x = placed(x, layout, backend.device).requires_grad_()
+    bias = torch.tensor([0.25, -2.0], device=x.device)
+    mean, var = torch.full((2,), 7.0, device=x.device), torch.zeros(2, device=x.device)
+    out = ff.batch_norm(x, mean, var, None, bias, training)
+    # x * scale + shift with both factors rounded leaves two ulps of 7 / sqrt(1e-5).
+    allowed = 2 * torch.finfo(torch.float32).eps * 7 / 1e-5**0.5
+    assert (out - bias[:, None, None]).abs().max() <= allowed
+    (grad,) = torch.autograd.grad(out[0, 0, 0, 0], x)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("which", range(1, 8))
+def test_gradients_of_any_subset(which, backend):
+    """Bits of `which`: input, weight, bias."""
+
+    def attempt(function):
+        torch.manual_seed(5)
+        tensors = [torch.randn(3, 4, 5, 5), torch.rand(4), torch.rand(4)]
+        x, weight, bias = (
+            t.to(backend.device).requires_grad_(bool(which >> i & 1)) for i, t in enumerate(tensors)
+        )
+        out = function(x, None, None, weight, bias, True)
+        (out * torch.arange(25.0, device=x.device).reshape(5, 5)).sum().backward()
+        return [t.grad for t in (x, weight, bias)]
+
+    for ours, theirs in zip(attempt(ff.batch_norm), attempt(F.batch_norm), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_deepcopy_and_one_more_step(backend):
+    ours, _ = layers()
+    ours.to(backend.device)
+    x = torch.randn(4, 5, 3, 3, device=backend.device)
+    ours(x)
+    twin = copy.deepcopy(ours)
+    assert torch.equal(ours(x), twin(x))
+    assert ours.num_batches_tracked == twin.num_batches_tracked == 2
