@@ -65,6 +65,7 @@ def build_py_command():
 
 
 def build_ext_command(plan):
+    from setuptools.errors import BaseError
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
@@ -74,7 +75,10 @@ def build_ext_command(plan):
 
         def run(self):
             print(plan.table(VERSION), flush=True)
-            super().run()
+            try:
+                super().run()
+            except (RuntimeError, BaseError) as error:
+                raise decisions.Refused(f"{error} (the compiler's own words are above).") from None
             folder = ROOT if self.inplace or self.editable_mode else self.build_lib
             digest = runpy.run_path(os.path.join(ROOT, "fastconv", "_source_digest.py"))
             facts = plan.facts(VERSION, digest["source_digest"](os.path.join(ROOT, "csrc")))

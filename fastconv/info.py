@@ -1,6 +1,5 @@
 """`fastconv info`: what is installed, what was built, what runs here."""
 
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +18,11 @@ def print_info() -> None:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name.ljust(width)}  {value}")
+    print()
     if fastconv.available:
         _print_kernels()
+    else:
+        print(fastconv.explanation)
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -41,28 +43,17 @@ def _version_of(package: str) -> str:
 
 
 def _build() -> list[tuple[str, str]]:
-    if fastconv.available:
-        state = f"loaded from {Path(_extension.load().__file__).name}"
-    else:
-        state = " ".join(fastconv.explanation.split())
-    return [("extension", state), *((f"  {name}", value) for name, value in _build_facts())]
-
-
-def _build_facts() -> list[tuple[str, str]]:
-    """What setup.py wrote down when it compiled the extension."""
-    path = Path(fastconv.__file__).with_name("_build_facts.json")
-    try:
-        facts = json.loads(path.read_text())
-        items = [(name.replace("_", " "), value) for name, value in facts.items()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, AttributeError) as error:
-        return [("build facts", f"{path} is damaged: {error}")]
-    return [
-        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-        for name, value in items
-        if value is not None and name != "source digest"
+    """Whether the extension is loaded, and what the build wrote down about it."""
+    state = f"loaded from {_extension.load().__file__}" if fastconv.available else "cannot be used"
+    facts = [
+        (
+            f"  {name.replace('_', ' ')}",
+            ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+        )
+        for name, value in _extension.facts.items()
+        if value is not None and name != "source_digest"
     ]
+    return [("extension", state), *facts]
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -94,7 +85,6 @@ def _devices() -> list[tuple[str, str]]:
 
 def _print_kernels() -> None:
     rows = fastconv.kernels()
-    print()
     # Operation and direction stand in the name. Short dtypes: a terminal is 80 to 100 wide.
     print_table(
         f"{len(rows)} kernels, in the order in which they are considered",

@@ -6,11 +6,12 @@ import sys
 # pytest imports test files without touching sys.path (importmode=importlib).
 sys.path.insert(0, os.path.dirname(__file__))
 
-import fastconv
 import hypothesis
 import pytest
-import support
 import torch
+
+import fastconv
+import support
 
 hypothesis.settings.register_profile(
     "default", max_examples=150, deadline=None, derandomize=True, print_blob=True

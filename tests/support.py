@@ -12,10 +12,11 @@ import textwrap
 from collections import Counter
 from dataclasses import dataclass
 
-import fastconv
-import references
 import torch
 import torch.nn.functional as F
+
+import fastconv
+import references
 from fastconv.benchmarking.shapes import ConvShape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -157,7 +158,7 @@ class ConvCase:
     """Inputs of one convolution in one dtype, with float64 answers and PyTorch's own errors."""
 
     def __init__(self, shape: ConvShape, kind: str, dtype: torch.dtype):
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.kind, self.dtype = shape, kind, dtype
         generator = torch.Generator().manual_seed(sum(shape.input + shape.weight))
         make = integers if kind == "integers" else normal
         self.input = make(shape.input, generator).to(dtype)
@@ -168,6 +169,8 @@ class ConvCase:
     @functools.cached_property
     def reference(self) -> dict[str, torch.Tensor]:
         x, w, b, grad = (t.double() for t in (self.input, self.weight, self.bias, self.grad))
+        if self.dtype is torch.float64 and self.kind == "normal":
+            return references.conv2d_extended(x, w, b, grad, **self.shape.options)
         answers = {"fprop": references.conv2d(x, w, b, **self.shape.options)}
         gradients = references.conv2d_gradients(x, w, grad, **self.shape.options)
         return answers | dict(zip(("dgrad", "wgrad", "bgrad"), gradients, strict=True))

@@ -1,14 +1,15 @@
-"""BatchNorm: every row, training and inference, forward and backward, and the running statistics."""
+"""BatchNorm: every row, training and inference, forward and backward, running statistics."""
 
 import copy
 
-import fastconv
-import fastconv.functional as ff
 import pytest
-import references
-import support
 import torch
 import torch.nn.functional as F
+
+import fastconv
+import fastconv.functional as ff
+import references
+import support
 from fastconv.benchmarking.shapes import NORM_EDGES
 from support import (
     DTYPES,

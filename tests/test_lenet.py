@@ -3,15 +3,22 @@
 import copy
 import pickle
 
-import fastconv
 import pytest
 import torch
+from torch import nn
+
+import fastconv
 from fastconv.benchmarking import peers
 from fastconv.benchmarking.timing import Timing
 from fastconv.models import LeNet5, lenet5
-from torch import nn
 
 FORMS = ("modern", "classic")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Small layers gain nothing from a second thread, and lose a lot on a busy machine.
+    torch.set_num_threads(1)
 
 
 def batch(n=4, channels=1, classes=10):
@@ -119,7 +126,8 @@ def test_twin_gives_the_same_scores_loss_and_gradients(form, layout):
     images, labels = batch(8)
     images = images.contiguous(memory_format=peers.LAYOUTS[layout])
     with fastconv.allow_fallback(False):
-        peers.assert_same_step(model, peers.torch_twin(model), images, labels, tolerance=1e-5)
+        for work in peers.WORKS:
+            peers.assert_same(work, model, peers.torch_twin(model), images, labels, tolerance=1e-5)
 
 
 def test_a_layer_without_a_twin_is_refused():
@@ -134,7 +142,9 @@ def test_a_wrong_weight_is_noticed(value):
     with torch.no_grad():
         model.features[3].weight.mul_(value)
     with pytest.raises(peers.Disagreement, match="scores: off by"):
-        peers.assert_same_step(model, twin, *batch())
+        peers.assert_same("inference", model, twin, *batch())
+    with pytest.raises(peers.Disagreement, match="off by"):
+        peers.assert_same("training step", model, twin, *batch())
 
 
 def test_a_wrong_gradient_is_noticed():
@@ -142,32 +152,30 @@ def test_a_wrong_gradient_is_noticed():
     twin = peers.torch_twin(model)
     model.features[3].weight.register_hook(lambda grad: grad * 1.001)
     with pytest.raises(peers.Disagreement, match="gradient of features.3.weight: off by"):
-        peers.assert_same_step(model, twin, *batch())
+        peers.assert_same("training step", model, twin, *batch())
 
 
 def test_a_wrong_shape_is_noticed():
     with pytest.raises(peers.Disagreement, match=r"scores: shape \(4, 9\), not \(4, 10\)"):
-        peers.assert_same_step(lenet5(9), lenet5(10), *batch())
+        peers.assert_same("inference", lenet5(9), lenet5(10), *batch())
 
 
-def test_comparison_times_every_case_on_both_sides():
+@pytest.mark.parametrize("work", peers.WORKS)
+def test_comparison_times_both_sides_in_both_layouts(work):
     model = lenet5()
     before = copy.deepcopy(model.state_dict())
-    seen = []
-    images, labels = batch(4)
-    found = peers.compare_network(
-        model, images, labels, (1, 4), rounds=1, sample_seconds=0.0001,
-        on_case=lambda *case: seen.append(case),
-    )  # fmt: skip
-    cases = [("inference", 1), ("inference", 4), ("training step", 1), ("training step", 4)]
-    assert seen == [(one.work, one.batch) for one in found] == cases
-    for one in found:
-        assert set(one.ours) == set(one.theirs) == {"NCHW", "NHWC"}
-        assert all(t.median > 0 for t in (*one.ours.values(), *one.theirs.values()))
-        assert one.winner in ("fastconv", "torch.nn", "neither")
+    found = peers.compare(work, model, *batch(4), rounds=2, sample_seconds=1e-4)
+    assert (found.work, found.batch) == (work, 4)
+    assert set(found.ours) == set(found.theirs) == {"NCHW", "NHWC"}
+    for timing in (*found.ours.values(), *found.theirs.values()):
+        assert len(timing.samples) == 2 and timing.median > 0
+    assert found.winner in ("fastconv", "torch.nn", "neither")
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    with pytest.raises(ValueError, match="a batch of 5 needs as many images, but got 4"):
-        peers.compare_network(model, images, labels, (5,))
+
+
+def test_unknown_work_is_named():
+    with pytest.raises(ValueError, match="one of inference, training step, but got 'rest'"):
+        peers.compare("rest", lenet5(), *batch())
 
 
 class Complex(nn.Module):
@@ -183,8 +191,8 @@ class Complex(nn.Module):
 
 def test_the_peer_is_never_measured_as_ours():
     assert Complex()(batch()[0]).shape == (4, 10), "without the ban it falls back"
-    with pytest.raises(RuntimeError, match="(?i)fall"):
-        peers.compare_network(Complex(), *batch(), (1,), rounds=1, sample_seconds=0.0001)
+    with pytest.raises(RuntimeError, match="would fall back to ATen"):
+        peers.compare("inference", Complex(), *batch(), rounds=1, sample_seconds=1e-4)
     assert Complex()(batch()[0]).shape == (4, 10), "the ban must end with the comparison"
 
 

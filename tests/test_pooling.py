@@ -1,11 +1,12 @@
 """Max, average and adaptive average pooling: every row, every edge, and torch's every quirk."""
 
-import fastconv.functional as ff
 import pytest
-import references
-import support
 import torch
 import torch.nn.functional as F
+
+import fastconv.functional as ff
+import references
+import support
 from fastconv.benchmarking.shapes import ADAPTIVE_EDGES, POOL_EDGES
 from support import (
     DTYPES,

@@ -8,11 +8,12 @@ import contextlib
 import itertools
 import re
 
+import pytest
+import torch
+
 import fastconv
 import fastconv.functional as ff
-import pytest
 import support
-import torch
 from support import name_of, outcome
 
 common = pytest.importorskip("torch.testing._internal.common_methods_invocations")

@@ -1,9 +1,10 @@
 """The references and the shared shapes are themselves checked: against loops, torch, papers."""
 
 import pytest
-import references
 import torch
 import torch.nn.functional as F
+
+import references
 from fastconv.benchmarking import shapes
 from support import integers, max_error, normal
 

@@ -1,9 +1,10 @@
 """The worked examples that tutorials print: exact, functional and modules, on every backend."""
 
-import fastconv
-import fastconv.functional as ff
 import pytest
 import torch
+
+import fastconv
+import fastconv.functional as ff
 
 BLOCK = [[19, 25], [37, 43]]
 LAPLACIAN_IN = [[1, 2, 3, 0, 1], [0, 1, 2, 3, 1], [3, 0, 1, 2, 0], [1, 2, 3, 0, 1], [0, 1, 2, 3, 0]]

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+
 from fastconv.benchmarking import tables, timing
 from fastconv.benchmarking.timing import Timing, ratio, time_interleaved
 
@@ -40,6 +41,16 @@ def test_medians_calls_and_order(monkeypatch):
     preparation = "aaaaa" + "bbbbb" + "ccccc"  # three to warm up, two to estimate
     rounds = "aabbbbc" + "bbbbcaa" + "caabbbb" + "aabbbbc"  # each begins with the next way
     assert "".join(machine.log) == preparation + rounds
+
+
+def test_a_time_limit_ends_the_rounds_but_not_before_the_third(monkeypatch):
+    for limit, expected in ((0.0, 3), (4.5, 5), (100.0, 9)):
+        machine = Machine(monkeypatch)
+        found = time_interleaved(
+            {"a": machine.way("a", 0.5), "b": machine.way("b", 0.5)},
+            rounds=9, sample_seconds=0.5, limit_seconds=limit,
+        )  # fmt: skip
+        assert [len(t.samples) for t in found.values()] == [expected] * 2
 
 
 def test_a_drifting_machine_does_not_bend_the_ratio(monkeypatch):
@@ -91,13 +102,13 @@ def test_garbage_collection_rests_and_returns():
     assert gc.isenabled()
 
 
-def test_real_clock_orders_real_work():
-    small, large = torch.rand(20, 20), torch.rand(400, 400)
+def test_the_real_clock_ticks():
     found = time_interleaved(
-        {"small": lambda: small @ small, "large": lambda: large @ large},
-        rounds=5, sample_seconds=0.002,
-    )  # fmt: skip
-    assert found["small"].median < found["large"].median < 1
+        {"nothing": lambda: None, "nap": lambda: time.sleep(0.005)}, rounds=5, sample_seconds=1e-4
+    )
+    # A nap is never shorter than asked for, however busy the machine is.
+    assert min(found["nap"].samples) >= 0.005 and found["nap"].calls == 1
+    assert min(found["nothing"].samples) < 0.001 and found["nothing"].calls > 1
 
 
 class Gpu:

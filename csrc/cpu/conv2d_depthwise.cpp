@@ -1,5 +1,70 @@
+// The rows of the depthwise CPU convolutions: what they take and what they cost.
+#include "cpu/conv2d_depthwise.h"
+
 #include "cpu/table.h"
 
 namespace fastconv {
-void add_cpu_conv2d_depthwise_rows(KernelTable&) {}
+namespace {
+
+// A thread keeps one plane, with its padding, in its caches.
+constexpr int64_t kMaxDepthwisePlane = 65536;
+
+std::string refuse(const Conv2dProblem& p) {
+  if (p.G != p.C || p.K != p.C) {
+    return "groups " + std::to_string(p.G) + ", not one for each of " + std::to_string(p.C) +
+           " input and " + std::to_string(p.K) + " output channels";
+  }
+  if (p.layout == Layout::kNHWC && p.R > kMaxDepthwiseRows) {
+    return "filter height " + std::to_string(p.R) + " above 64";
+  }
+  if (p.layout == Layout::kNCHW && p.H * p.W > kMaxDepthwisePlane) {
+    return "plane of " + std::to_string(p.H * p.W) + " pixels above 65536";
+  }
+  return {};
+}
+
+// A vector of multiply-adds with an operand from memory a cycle, at best; two cycles with borders.
+double cost(const Conv2dProblem& p, CpuIsa isa, const Device& device) {
+  const double lanes = isa == CpuIsa::kAvx512 ? 16 : isa == CpuIsa::kAvx2 ? 12 : 4;
+  const double cycles = p.flops() / lanes * (p.dtype == DType::kFloat64 ? 2 : 1);
+  constexpr double kCyclesPerMicrosecond = 3e3, kBytesPerMicrosecond = 10e3;
+  return 5 + (cycles / kCyclesPerMicrosecond + p.bytes() / kBytesPerMicrosecond) / device.threads;
+}
+
+void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
+  Conv2dKernel row;
+  row.name = std::string("conv2d_depthwise_") + name_of(isa) + "_" + name_of(direction);
+  row.op = "conv2d";
+  row.direction = direction;
+  row.backend = Backend::kCpu;
+  row.arch = name_of(isa);
+  row.dtypes = kAllDTypes;
+  row.layouts = kAllLayouts;
+  row.supports = [](const Conv2dProblem& p, const Device&) { return refuse(p); };
+  row.cost = [=](const Conv2dProblem& p, const Device& device) { return cost(p, isa, device); };
+  row.workspace = [=](const Conv2dProblem& p, const Device& device) {
+    return p.layout == Layout::kNHWC
+               ? conv2d_depthwise_nhwc_workspace(p, direction, isa)
+               : conv2d_depthwise_nchw_workspace(p, direction, isa, device.threads);
+  };
+  row.launch = [=](const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
+    p.layout == Layout::kNHWC ? conv2d_depthwise_nhwc(p, direction, isa, args, context)
+                              : conv2d_depthwise_nchw(p, direction, isa, args, context);
+  };
+  table.conv2d.push_back(std::move(row));
+}
+
+}  // namespace
+
+void add_cpu_conv2d_depthwise_rows(KernelTable& table) {
+  for (const CpuIsa isa : {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kPortable}) {
+#if !defined(__x86_64__)
+    if (isa != CpuIsa::kPortable) continue;
+#endif
+    for (const Direction direction : {Direction::kFprop, Direction::kDgrad, Direction::kWgrad}) {
+      add_row(table, isa, direction);
+    }
+  }
+}
+
 }  // namespace fastconv

@@ -69,10 +69,46 @@ template <class T>
 struct RowEpilogue {
   const accumulator_t<T>* scale = nullptr;
   const accumulator_t<T>* shift = nullptr;
-  const T* residual = nullptr;  // beside out
+  const T* residual = nullptr;  // laid out as the row of the output
   bool per_column = false;
   Activation activation = Activation::kNone;
   accumulator_t<T> slope = 0;
+
+  bool is_plain() const {
+    return scale == nullptr && shift == nullptr && residual == nullptr &&
+           activation == Activation::kNone;
+  }
+};
+
+// One output row of a depthwise convolution in NHWC: pixel j reads source pixels
+// j * step + first + t * hop of each of `rows` source rows.
+template <class T>
+struct DepthwiseRow {
+  int64_t channels;
+  int64_t rows;
+  const T* const* source;                 // the rows that are not padding
+  const accumulator_t<T>* const* filter;  // the filter row of each: [tap][filter_ld]
+  int64_t filter_ld;
+  GatherAxis w;
+  T* out;            // of pixel 0, where the epilogue's residual is as well
+  int64_t out_step;  // elements between neighbouring pixels of the row
+};
+
+// One phase of a plane (conv2d_planes.h): grid rows and columns that lie inside the source, and
+// where they go. The rest of a plane is padding, which stays zero from one plane to the next.
+struct PhaseCopy {
+  int64_t rows, columns;                      // to copy
+  int64_t source, source_row, source_column;  // offset of the first, distances
+  int64_t plane;
+};
+struct DepthwisePlane {
+  int64_t phases;
+  const PhaseCopy* copies;
+  int64_t row_ld;  // of the plane: also of the sums
+  int64_t taps;
+  const int64_t* offsets;       // of each tap
+  int64_t rows, columns;        // of the output grid
+  int64_t out_row, out_column;  // distances of its points in the output
 };
 
 template <class T>
@@ -91,12 +127,22 @@ struct Conv2dOps {
                  Acc* dst, int64_t ld);
   void (*permute)(const Permutation&, const T* src, Acc* dst);
   void (*permute_back)(const Permutation&, const Acc* src, T* dst);
-  // out[i * step] = epilogue(acc[i]), i < n.
+  // out[i * step] = epilogue(acc[i]), i < n. Reads whole vectors of acc.
   void (*store)(const RowEpilogue<T>&, const Acc* acc, int64_t n, T* out, int64_t step);
   // sum[i] += src[i] (i < n) in float64, over `rows` rows `ld` apart.
   void (*add_rows)(const T* src, int64_t rows, int64_t ld, int64_t n, double* sum);
   // The sum of n consecutive elements.
   double (*sum)(const T* src, int64_t n);
+  void (*depthwise)(const DepthwiseRow<T>&, const RowEpilogue<T>&);
+  // sum[tap][ld] += grad[q] * source[q * step + first + tap * hop] for a row of gradients.
+  void (*depthwise_wgrad)(int64_t channels, const GatherAxis& w, const T* grad, const T* source,
+                          Acc* sum, int64_t ld);
+  // NCHW: copies a source plane, and convolves it. `sums` holds rows * row_ld and two vectors more.
+  void (*copy_plane)(const DepthwisePlane&, const T* source, Acc* plane);
+  void (*depthwise_plane)(const DepthwisePlane&, const Acc* plane, const Acc* filter, Acc* sums,
+                          const RowEpilogue<T>&, T* out);
+  // sum[tap] += sum of grad * plane at each tap; both in the plane's layout, grad's gaps are zero.
+  void (*depthwise_plane_wgrad)(const DepthwisePlane&, const Acc* plane, const Acc* grad, Acc* sum);
 };
 
 template <class T>

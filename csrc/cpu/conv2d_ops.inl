@@ -4,6 +4,10 @@
 #include "cpu/conv2d_gemm.inl"
 #include "cpu/conv2d_pack.inl"
 #include "cpu/conv2d_store.inl"
+//
+#include "cpu/conv2d_depthwise.inl"
+//
+#include "cpu/conv2d_depthwise_plane.inl"
 
 namespace fastconv::FASTCONV_ISA::conv2d {
 
@@ -21,7 +25,12 @@ inline const Conv2dOps<T>& ops() {
                                      permute<Acc, Acc, T>,
                                      store_row<T>,
                                      add_rows<T>,
-                                     sum_run<T>};
+                                     sum_run<T>,
+                                     depthwise_row<T>,
+                                     depthwise_wgrad_row<T>,
+                                     copy_plane<T>,
+                                     depthwise_plane<T>,
+                                     depthwise_plane_wgrad<accumulator_t<T>>};
   return table;
 }
 

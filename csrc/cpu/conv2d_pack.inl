@@ -11,12 +11,8 @@ FASTCONV_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
 // before.
 template <class Dst, class Src>
 FASTCONV_INLINE void copy(Dst* dst, const Src* src, int64_t n) {
-  using Acc = accumulator_t<Src>;
-  constexpr int L = kLanes<Acc>;
-  if (n < L) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = Dst(static_cast<Acc>(src[i]));
-    return;
-  }
+  constexpr int L = kLanes<accumulator_t<Src>>;
+  if (n < L) return copy_short(dst, src, n);
   int64_t i = 0;
   for (; i + L <= n; i += L) store(dst + i, load(src + i));
   if (i < n) store(dst + n - L, load(src + n - L));
@@ -34,7 +30,11 @@ FASTCONV_INLINE void copy_strided(Acc* dst, const T* src, int64_t step, int64_t 
 
 template <class Acc>
 FASTCONV_INLINE void zero(Acc* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = 0;
+  constexpr int L = kLanes<Acc>;
+  const Vec<Acc> zeros = {};
+  if (n < L) return store_part<Acc>(dst, zeros, n);
+  for (int64_t i = 0; i + L <= n; i += L) store(dst + i, zeros);
+  store(dst + n - L, zeros);
 }
 
 // Copies what lies in [low, high) of [begin, end), puts zeros elsewhere. src[i] goes to dst[i].
@@ -186,13 +186,17 @@ void permute(const Permutation& p, const Src* src, Dst* dst) {
     if (p.extent[i] == 0) return;
     last += (p.extent[i] - 1) * p.src_stride[i];
   }
-  // a runs along the source, b along the destination; the other two (c, d) are loops around them.
+  // a runs along the source, b along the destination; the others are loops around them, the nearest
+  // in the source innermost.
   int a = nearest_dimension(p.extent, p.src_stride);
   int b = nearest_dimension(p.extent, p.dst_stride);
   if (a < 0) a = b = 0;
-  int outer[3], count = 0;
+  int outer[3] = {}, count = 0;
   for (int i = 0; i < 4; ++i) {
-    if (i != a && i != b) outer[count++] = i;
+    if (i == a || i == b) continue;
+    int at = count++;
+    for (; at > 0 && p.src_stride[outer[at - 1]] < p.src_stride[i]; --at) outer[at] = outer[at - 1];
+    outer[at] = i;
   }
   const int c = outer[0], d = outer[1];
   const int e = count == 3 ? outer[2] : -1;

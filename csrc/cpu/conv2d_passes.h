@@ -112,20 +112,4 @@ inline std::vector<Pass> passes_of(const Conv2dProblem& p, Direction direction) 
   return dgrad_passes(p);
 }
 
-// The permutation that writes one group's filter, `columns` output channels from `first` on, with
-// the given strides in the destination. Taps that follow one another in both are one dimension.
-inline Permutation filter_permutation(const Pass& pass, int64_t columns, int64_t column_stride,
-                                      int64_t tap_stride, int64_t channel_stride) {
-  const Gather& g = pass.gather;
-  const int64_t* s = pass.filter_stride;
-  Permutation p = {{columns, g.h.taps, g.w.taps, g.channels},
-                   {s[0], s[1], s[2], s[3]},
-                   {column_stride, tap_stride * g.w.taps, tap_stride, channel_stride}};
-  if (s[1] == s[2] * g.w.taps) {
-    p.extent[2] *= p.extent[1];
-    p.extent[1] = 1;
-  }
-  return p;
-}
-
 }  // namespace fastconv

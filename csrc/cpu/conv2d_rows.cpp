@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/conv2d_igemm.h"
 #include "cpu/table.h"
 
 namespace fastconv {
@@ -61,12 +62,15 @@ void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
   row.workspace = [=](const Conv2dProblem& p, const Device& device) {
     return direction == Direction::kWgrad   ? conv2d_wgrad_workspace(p, isa, device)
            : direction == Direction::kBgrad ? conv2d_bgrad_workspace(p)
-                                            : conv2d_igemm_workspace(p, direction, isa, device);
+           : p.layout == Layout::kNHWC
+               ? conv2d_igemm_nhwc_workspace(p, direction, isa, device.threads)
+               : conv2d_igemm_nchw_workspace(p, direction, isa, device.threads);
   };
   row.launch = [=](const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
     direction == Direction::kWgrad   ? conv2d_wgrad(p, isa, args, context)
     : direction == Direction::kBgrad ? conv2d_bgrad(p, isa, args, context)
-                                     : conv2d_igemm(p, direction, isa, args, context);
+    : p.layout == Layout::kNHWC      ? conv2d_igemm_nhwc(p, direction, isa, args, context)
+                                     : conv2d_igemm_nchw(p, direction, isa, args, context);
   };
   table.conv2d.push_back(std::move(row));
 }

@@ -6,10 +6,8 @@
 
 namespace fastconv {
 
-// fprop and dgrad. The workspace is counted for as many threads as the launch will have.
-size_t conv2d_igemm_workspace(const Conv2dProblem&, Direction, CpuIsa, const Device&);
-void conv2d_igemm(const Conv2dProblem&, Direction, CpuIsa, const Conv2dArgs&, const Context&);
-
+// The workspace is counted for as many threads as the launch will have. fprop and dgrad are in
+// conv2d_igemm.h.
 size_t conv2d_wgrad_workspace(const Conv2dProblem&, CpuIsa, const Device&);
 void conv2d_wgrad(const Conv2dProblem&, CpuIsa, const Conv2dArgs&, const Context&);
 

@@ -80,18 +80,51 @@ FASTCONV_INLINE void store(Half* p, Vec<float> v) {
   store_bits(p, (magnitude >= 0x47800000u ? special : half) | (sign >> 16));
 }
 
+// Copies n < kLanes elements in two moves that overlap, or one: no loop, no call.
+template <int kBytes>
+FASTCONV_INLINE void move_ends(void* dst, const void* src, int64_t bytes) {
+  char head[kBytes], tail[kBytes];
+  const char* end = static_cast<const char*>(src) + bytes - kBytes;
+  __builtin_memcpy(head, src, kBytes);
+  __builtin_memcpy(tail, end, kBytes);
+  __builtin_memcpy(dst, head, kBytes);
+  __builtin_memcpy(static_cast<char*>(dst) + bytes - kBytes, tail, kBytes);
+}
+template <class T>
+FASTCONV_INLINE void copy_short(T* dst, const T* src, int64_t n) {
+  constexpr int64_t kSize = sizeof(T), kMost = kSize * (kLanes<accumulator_t<T>> - 1);
+  const int64_t bytes = n * kSize;
+  if constexpr (kMost >= 32) {
+    if (bytes >= 32) return move_ends<32>(dst, src, bytes);
+  }
+  if constexpr (kMost >= 16) {
+    if (bytes >= 16) return move_ends<16>(dst, src, bytes);
+  }
+  if constexpr (kMost >= 8 && kSize < 8) {
+    if (bytes >= 8) return move_ends<8>(dst, src, bytes);
+  }
+  if constexpr (kMost >= 4 && kSize < 4) {
+    if (bytes >= 4) return move_ends<4>(dst, src, bytes);
+  }
+  if (n > 0) dst[0] = src[0];
+}
+template <class Dst, class Src>
+FASTCONV_INLINE void copy_short(Dst* dst, const Src* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = Dst(static_cast<accumulator_t<Src>>(src[i]));
+}
+
 // The first n < kLanes elements; the rest of the vector is zero.
 template <class Acc, class T>
 FASTCONV_INLINE Vec<Acc> load_part(const T* p, int64_t n) {
   Acc lanes[kLanes<Acc>] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = static_cast<Acc>(p[i]);
+  copy_short(lanes, p, n);
   return load(lanes);
 }
 template <class Acc, class T>
 FASTCONV_INLINE void store_part(T* p, Vec<Acc> v, int64_t n) {
   T lanes[kLanes<Acc>];
   store(lanes, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  copy_short(p, lanes, n);
 }
 
 // Lanes chosen by constant indices from the 2 * kLanes of (a, b).

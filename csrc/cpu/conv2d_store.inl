@@ -57,45 +57,47 @@ FASTCONV_INLINE Vec<Acc> activate_vector(Vec<Acc> z, Activation activation, Acc 
   return z;
 }
 
-// The value to be stored at columns [i, i + n), n <= kLanes.
-template <class T>
-FASTCONV_INLINE Vec<accumulator_t<T>> finish(const RowEpilogue<T>& e, Vec<accumulator_t<T>> z,
-                                             int64_t i, int64_t n, int64_t step) {
-  using Acc = accumulator_t<T>;
-  const bool whole = n == kLanes<Acc>;
-  if (e.scale != nullptr) {
-    z = !e.per_column ? z * e.scale[0]
-                      : z * (whole ? load(e.scale + i) : load_part<Acc>(e.scale + i, n));
-  }
-  if (e.shift != nullptr) {
-    z = !e.per_column ? z + e.shift[0]
-                      : z + (whole ? load(e.shift + i) : load_part<Acc>(e.shift + i, n));
-  }
-  if (e.residual != nullptr) {
-    z += whole && step == 1 ? load(e.residual + i) : load_part<Acc>(e.residual + i, n);
-  }
-  return activate_vector<Acc>(z, e.activation, e.slope);
+// The first n <= kLanes elements `step` apart.
+template <class Acc, class T>
+FASTCONV_INLINE Vec<Acc> load_some(const T* p, int64_t n, int64_t step) {
+  if (step == 1) return n == kLanes<Acc> ? load(p) : load_part<Acc>(p, n);
+  Acc lanes[kLanes<Acc>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = static_cast<Acc>(p[i * step]);
+  return load(lanes);
 }
 
-// A step other than 1 is dgrad's, of one parity class in NCHW: it has no residual.
+// The epilogue of columns [i, i + width) of a row, width <= kLanes.
+template <class T>
+FASTCONV_INLINE void finish(const RowEpilogue<T>& e, Vec<accumulator_t<T>> z, int64_t i,
+                            int64_t width, T* out, int64_t step) {
+  using Acc = accumulator_t<T>;
+  constexpr int L = kLanes<Acc>;
+  if (e.scale != nullptr) {
+    z = e.per_column ? z * load_some<Acc>(e.scale + i, width, 1) : z * e.scale[0];
+  }
+  if (e.shift != nullptr) {
+    z = e.per_column ? z + load_some<Acc>(e.shift + i, width, 1) : z + e.shift[0];
+  }
+  if (e.residual != nullptr) z += load_some<Acc>(e.residual + i * step, width, step);
+  z = activate_vector<Acc>(z, e.activation, e.slope);
+  if (step != 1) {
+    T lanes[L];
+    store(lanes, z);
+    for (int64_t l = 0; l < width; ++l) out[(i + l) * step] = lanes[l];
+  } else if (width == L) {
+    store(out + i, z);
+  } else {
+    store_part<Acc>(out + i, z, width);
+  }
+}
+
+// `acc` may be read up to a whole vector beyond n.
 template <class T>
 void store_row(const RowEpilogue<T>& e, const accumulator_t<T>* acc, int64_t n, T* out,
                int64_t step) {
-  using Acc = accumulator_t<T>;
-  constexpr int L = kLanes<Acc>;
+  constexpr int L = kLanes<accumulator_t<T>>;
   for (int64_t i = 0; i < n; i += L) {
-    const int64_t width = n - i < L ? n - i : L;
-    const Vec<Acc> z = width == L ? load(acc + i) : load_part<Acc>(acc + i, width);
-    const Vec<Acc> y = finish(e, z, i, width, step);
-    if (step != 1) {
-      T lanes[L];
-      store(lanes, y);
-      for (int64_t l = 0; l < width; ++l) out[(i + l) * step] = lanes[l];
-    } else if (width == L) {
-      store(out + i, y);
-    } else {
-      store_part<Acc>(out + i, y, width);
-    }
+    finish(e, load(acc + i), i, n - i < L ? n - i : L, out, step);
   }
 }
 

@@ -115,6 +115,7 @@ class Wgrad {
     const int64_t row_ld = padded_row<Acc>(kPixelBlock);
     Acc* D = nhwc_ ? sums_at(part, group, f0) + d0 : sums_at(part, group, d0) + f0;
 
+    const int64_t no_offset = 0;
     const Share share = share_of(pixels_, part, parts_);
     for (int64_t m0 = share.begin; m0 < share.end; m0 += kPixelBlock) {
       const int64_t m1 = std::min(m0 + kPixelBlock, share.end);
@@ -125,12 +126,14 @@ class Wgrad {
         ops_.im2row(g, input_, m0, m1, d0, d1, patches, ld);
         ops_.permute({{f1 - f0, m1 - m0, 1, 1}, {1, p_.K, 0, 0}, {row_ld, 1, 0, 0}},
                      grad_ + m0 * p_.K + channel, grads);
-        ops_.gemm(f1 - f0, d1 - d0, m1 - m0, grads, row_ld, patches, ld, D, ld_, more);
+        ops_.gemm({1, m1 - m0, &no_offset, row_ld, ld, ld_, more}, f1 - f0, d1 - d0, grads, patches,
+                  D);
       } else {
         const int64_t ld = padded_row<Acc>(f1 - f0);
         ops_.im2col(g, input_, m0, m1, d0, d1, patches, row_ld);
         transpose_images(channel, f1 - f0, m0, m1, grads, ld);
-        ops_.gemm(d1 - d0, f1 - f0, m1 - m0, patches, row_ld, grads, ld, D, ld_, more);
+        ops_.gemm({1, m1 - m0, &no_offset, row_ld, ld, ld_, more}, d1 - d0, f1 - f0, patches, grads,
+                  D);
       }
     }
     if (share.begin == share.end) {  // an empty batch

@@ -145,8 +145,8 @@ FASTCONV_INLINE void store_int(typename Lanes<A>::Int* p, IntVec<A> v) {
 }
 
 // ---- The first n lanes, 0 <= n <= kCount ---------------------------------------------------
-// Nothing past p[n - 1] is touched. AVX-512 has masked moves for every type; the others go
-// through a small array, at the end of a row only.
+// Nothing past p[n - 1] is touched. Masked moves where the instruction set has them, else
+// a small array, at the end of a row only.
 
 #if FASTCONV_VECTOR_BYTES == 64
 template <class T>
@@ -175,10 +175,26 @@ FASTCONV_INLINE void store_first(T* p, Vec<accumulator_t<T>> v, int64_t n) {
   }
 }
 #else
+#if FASTCONV_VECTOR_BYTES == 32
+// AVX2 masks 32-bit and 64-bit moves: a lane is moved where its index is below n.
+template <class T>
+FASTCONV_INLINE __m256i first_lanes(int64_t n) {
+  return (__m256i)(ramp<T>(0, 1) < broadcast_int<T>(n));
+}
+#endif
 template <class T>
 FASTCONV_INLINE Vec<accumulator_t<T>> load_first(const T* p, int64_t n,
                                                  Vec<accumulator_t<T>> fill) {
   using A = accumulator_t<T>;
+#if FASTCONV_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const __m256i mask = first_lanes<T>(n);
+    return (IntVec<T>)mask ? (Vec<T>)_mm256_maskload_ps(p, mask) : fill;
+  } else if constexpr (sizeof(T) == 8) {
+    const __m256i mask = first_lanes<T>(n);
+    return (IntVec<T>)mask ? (Vec<T>)_mm256_maskload_pd(p, mask) : fill;
+  }
+#endif
   A lanes[Lanes<A>::kCount];
   __builtin_memcpy(lanes, &fill, sizeof(lanes));
   for (int64_t i = 0; i < n; ++i) lanes[i] = A(p[i]);
@@ -187,6 +203,10 @@ FASTCONV_INLINE Vec<accumulator_t<T>> load_first(const T* p, int64_t n,
 template <class T>
 FASTCONV_INLINE void store_first(T* p, Vec<accumulator_t<T>> v, int64_t n) {
   using A = accumulator_t<T>;
+#if FASTCONV_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, first_lanes<T>(n), (__m256)v);
+  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd(p, first_lanes<T>(n), (__m256d)v);
+#endif
   A lanes[Lanes<A>::kCount];
   store(lanes, v);
   for (int64_t i = 0; i < n; ++i) p[i] = T(lanes[i]);
@@ -205,6 +225,68 @@ FASTCONV_INLINE void store_upto(T* p, Vec<accumulator_t<T>> v, int64_t n) {
   } else if (n > 0) {
     store_first(p, v, n);
   }
+}
+
+// ---- Sums ----------------------------------------------------------------------------------
+
+FASTCONV_INLINE double add_lanes(Vec<double> v) {
+  double lanes[Lanes<double>::kCount];
+  store(lanes, v);
+  for (int64_t n = Lanes<double>::kCount / 2; n > 0; n /= 2) {
+    for (int64_t l = 0; l < n; ++l) lanes[l] += lanes[l + n];
+  }
+  return lanes[0];
+}
+
+// A vector's lanes in float64: two vectors of them for float, the same one for double. Sums over a
+// whole plane or channel are kept so: they have no more error than their last rounding, and are
+// still read faster than memory delivers.
+template <class A>
+struct Wide {
+  static constexpr int kParts = sizeof(double) / sizeof(A);
+  typedef A Part __attribute__((vector_size(FASTCONV_VECTOR_BYTES / kParts)));
+  Vec<double> part[kParts]{};
+
+  Wide() = default;
+  FASTCONV_INLINE explicit Wide(Vec<A> v) {
+    Part narrow[kParts];
+    __builtin_memcpy(narrow, &v, sizeof(v));
+    for (int i = 0; i < kParts; ++i) part[i] = __builtin_convertvector(narrow[i], Vec<double>);
+  }
+  FASTCONV_INLINE Vec<A> rounded() const {
+    Part narrow[kParts];
+    for (int i = 0; i < kParts; ++i) narrow[i] = __builtin_convertvector(part[i], Part);
+    Vec<A> v;
+    __builtin_memcpy(&v, narrow, sizeof(v));
+    return v;
+  }
+  FASTCONV_INLINE double over_lanes() const {
+    return add_lanes(kParts == 1 ? part[0] : part[0] + part[kParts - 1]);
+  }
+  FASTCONV_INLINE Wide& operator+=(const Wide& other) {
+    for (int i = 0; i < kParts; ++i) part[i] += other.part[i];
+    return *this;
+  }
+  FASTCONV_INLINE Wide& operator-=(const Wide& other) {
+    for (int i = 0; i < kParts; ++i) part[i] -= other.part[i];
+    return *this;
+  }
+  FASTCONV_INLINE Wide& operator*=(const Wide& other) {
+    for (int i = 0; i < kParts; ++i) part[i] *= other.part[i];
+    return *this;
+  }
+};
+template <class A>
+FASTCONV_INLINE Wide<A> operator+(Wide<A> a, const Wide<A>& b) {
+  return a += b;
+}
+template <class A>
+FASTCONV_INLINE Wide<A> operator-(Wide<A> a, const Wide<A>& b) {
+  return a -= b;
+}
+template <class A>
+FASTCONV_INLINE Wide<A> operator*(Wide<A> a, const Wide<A>& b) {
+  return a *= b;
 }
 
 // ---- Stride 2 ------------------------------------------------------------------------------

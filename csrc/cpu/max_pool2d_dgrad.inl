@@ -209,17 +209,14 @@ void max_dgrad(const Pool2dProblem& t, const Pool2dArgs& a, const Context& conte
   const bool gathers =
       t.layout == Layout::kNHWC && t.C >= 8 && t.R * t.S <= 9 * t.stride_h * t.stride_w;
   if (t.layout == Layout::kNCHW) {
-    context.parallel_for(t.N * t.C, [&](int64_t begin, int64_t end) {
-      max_scatter_nchw<T, Index>(t, a, begin, end);
-    });
+    for_ranges(context, t.N * t.C, t.bytes(),
+               [&](int64_t begin, int64_t end) { max_scatter_nchw<T, Index>(t, a, begin, end); });
   } else if (gathers) {
-    context.parallel_for(t.N * t.H, [&](int64_t begin, int64_t end) {
-      max_gather_nhwc<T, Index>(t, a, begin, end);
-    });
+    for_ranges(context, t.N * t.H, t.bytes(),
+               [&](int64_t begin, int64_t end) { max_gather_nhwc<T, Index>(t, a, begin, end); });
   } else {
-    context.parallel_for(t.N * ceil_div(t.C, kScatterChannels), [&](int64_t begin, int64_t end) {
-      max_scatter_nhwc<T, Index>(t, a, begin, end);
-    });
+    for_ranges(context, t.N * ceil_div(t.C, kScatterChannels), t.bytes(),
+               [&](int64_t begin, int64_t end) { max_scatter_nhwc<T, Index>(t, a, begin, end); });
   }
 }
 

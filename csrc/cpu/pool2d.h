@@ -71,9 +71,43 @@ inline int64_t average_divisor(const Pool2dProblem& t, const AverageSpan& rows,
   return (rows.end - rows.begin) * (cols.end - cols.begin);
 }
 
+// An averaging problem as its rows see it: adaptive windows that are all of one size and do not
+// overlap are plain ones.
+inline Pool2dProblem as_plain_windows(Pool2dProblem t) {
+  t.dil_h = t.dil_w = 1;  // max pooling alone has it
+  if (t.kind == PoolKind::kAdaptiveAverage) t.divisor_override = 0;
+  if (t.kind != PoolKind::kAdaptiveAverage || t.P == 0 || t.Q == 0) return t;
+  if (t.H % t.P != 0 || t.W % t.Q != 0) return t;
+  t.kind = PoolKind::kAverage;
+  t.R = t.stride_h = t.H / t.P;
+  t.S = t.stride_w = t.W / t.Q;
+  t.pad_h = t.pad_w = 0;
+  t.count_include_pad = true;
+  return t;
+}
+
+// One window over the whole plane, divided by the plane's size.
+inline bool is_global(const Pool2dProblem& t) {
+  return t.kind == PoolKind::kAverage && t.P == 1 && t.Q == 1 && t.R == t.H && t.S == t.W &&
+         t.pad_h == 0 && t.pad_w == 0 && t.divisor_override == 0;
+}
+
 // A window with no element inside the tensor gives 0: 0 / divisor would be NaN when it counts none.
 inline bool average_is_empty(const AverageSpan& rows, const AverageSpan& cols) {
   return rows.begin >= rows.end || cols.begin >= cols.end;
+}
+
+// The divisor as a row's factor times a column's, so that a vector of columns is divided at once.
+// Each factor is exact in float, so their product rounds as the integer product would. Where a
+// window has nothing, zero is divided, by anything.
+template <class A>
+A column_weight(const Pool2dProblem& t, const AverageSpan& span) {
+  if (span.begin >= span.end || t.divisor_override != 0) return A(1);
+  return static_cast<A>(t.count_include_pad ? span.padded : span.end - span.begin);
+}
+template <class A>
+A row_weight(const Pool2dProblem& t, const AverageSpan& span) {
+  return t.divisor_override != 0 ? static_cast<A>(t.divisor_override) : column_weight<A>(t, span);
 }
 
 // A row of the table for any dtype and layout; `variant` is an instruction set or "reference".

@@ -71,34 +71,5 @@ FASTCONV_INLINE void stage_row(const Columns& k, A* staged, A* linear, LoadBlock
   }
 }
 
-// Writes a row of W elements whose element stride * i + residue is lane 0 of gather(residue, i),
-// the next of that residue lane 1, and so on. `linear` holds W + stride vectors.
-template <class T, class Gather>
-FASTCONV_INLINE void unstage_row(int64_t W, int64_t stride, T* out, accumulator_t<T>* linear,
-                                 Gather&& gather) {
-  using A = accumulator_t<T>;
-  constexpr int64_t L = Lanes<A>::kCount;
-  if (stride == 1) {
-    for (int64_t i = 0; i < W; i += L) store_upto(out + i, gather(0, i), W - i);
-  } else if (stride == 2) {
-    for (int64_t i = 0; 2 * i < W; i += L) {
-      Vec<A> first, second;
-      interleave<A>(gather(0, i), gather(1, i), first, second);
-      store_upto(out + 2 * i, first, W - 2 * i);
-      store_upto(out + 2 * i + L, second, W - 2 * i - L);
-    }
-  } else {
-    for (int64_t residue = 0; residue < std::min(stride, W); ++residue) {
-      for (int64_t i = 0; stride * i + residue < W; i += L) {
-        A lanes[L];
-        store(lanes, gather(residue, i));
-        const int64_t n = std::min(L, ceil_div(W - residue - stride * i, stride));
-        for (int64_t l = 0; l < n; ++l) linear[stride * (i + l) + residue] = lanes[l];
-      }
-    }
-    for (int64_t w = 0; w < W; w += L) store_upto(out + w, load(linear + w), W - w);
-  }
-}
-
 }  // namespace FASTCONV_ISA
 }  // namespace fastconv

@@ -26,4 +26,16 @@ inline double streaming_cost(double bytes, double gigabytes_per_second, const De
   return 1.0 + bytes / (1e3 * gigabytes_per_second * threads);
 }
 
+// context.parallel_for, or this thread alone where waking others would take longer than the work:
+// 64 KiB are moved in about 5 microseconds.
+inline void for_ranges(const Context& context, int64_t units, double bytes,
+                       const Context::RangeBody& body) {
+  if (units == 0) return;
+  if (context.threads <= 1 || bytes < 65536) {
+    body(0, units);
+  } else {
+    context.parallel_for(units, body);
+  }
+}
+
 }  // namespace fastconv

@@ -29,6 +29,10 @@ constexpr const char* kFpropName = "max_pool2d_sm80_fprop";
 constexpr const char* kDgradName = "max_pool2d_sm80_dgrad";
 constexpr int kThreads = 256;
 
+// Here, since a host function, constexpr or not, may not be called inside a kernel.
+template <class A>
+constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
+
 // The element type of PoolIndex::kNone.
 struct NoIndex {};
 
@@ -92,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) max_pool2d_fprop_kernel(const PoolPa
     Position<Index> where[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      most[e] = -std::numeric_limits<A>::infinity();
+      most[e] = kMinusInfinity<A>;
       best.at[e] = narrow<T>(most[e]);
       where[e] = position(r0, s0);
     }

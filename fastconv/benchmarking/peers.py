@@ -1,7 +1,7 @@
 """What fastconv is measured against: the same network out of torch.nn's layers."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import fastconv
 from fastconv.benchmarking.timing import Ratio, Timing, ratio, time_interleaved
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+WORKS = ("inference", "training step")
 
 
 def torch_twin(model: nn.Module) -> nn.Module:
@@ -82,31 +83,39 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return step
 
 
-def assert_same_step(
-    ours: nn.Module, theirs: nn.Module, images: Tensor, labels: Tensor, tolerance: float = 1e-4
-) -> None:
-    """Check that two models of equal weights give equal scores, losses and gradients.
+def _step(work: str, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    if work == "inference":
+        return inference_step(model, images)
+    if work == "training step":
+        return training_step(model, images, labels)
+    raise ValueError(f"work must be one of {', '.join(WORKS)}, but got {work!r}")
 
-    Errors are allowed up to `tolerance` times the largest expected value of each tensor.
+
+def assert_same(
+    work: str,
+    ours: nn.Module,
+    theirs: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    tolerance: float = 1e-4,
+) -> None:
+    """Check that two models of equal weights give equal scores, or equal losses and gradients.
+
+    Args:
+        work: one of :data:`WORKS`.
+        tolerance: errors are allowed up to this times the largest expected value of each tensor.
 
     Raises:
         Disagreement: with the first tensor that differs.
     """
-    _assert_close(
-        "scores",
-        inference_step(ours, images)(),
-        inference_step(theirs, images)(),
-        tolerance,
-    )
-    _assert_close(
-        "loss",
-        training_step(ours, images, labels)(),
-        training_step(theirs, images, labels)(),
-        tolerance,
-    )
-    expected = dict(theirs.named_parameters())
+    got, expected = (_step(work, model, images, labels)() for model in (ours, theirs))
+    if work == "inference":
+        _assert_close("scores", got, expected, tolerance)
+        return
+    _assert_close("loss", got, expected, tolerance)
+    parameters = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        _assert_close(f"gradient of {name}", parameter.grad, expected[name].grad, tolerance)
+        _assert_close(f"gradient of {name}", parameter.grad, parameters[name].grad, tolerance)
 
 
 @dataclass(frozen=True)
@@ -144,63 +153,48 @@ class Comparison:
         return "fastconv" if won.low > 1 else "torch.nn" if won.high < 1 else "neither"
 
 
-def compare_network(
+def compare(
+    work: str,
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    batches: Sequence[int] = (1, 64),
     *,
     rounds: int = 21,
     sample_seconds: float = 0.02,
-    on_case: Callable[[str, int], None] | None = None,
-) -> list[Comparison]:
-    """Time `model` and its torch.nn twin: inference and a training step, in both layouts.
+    limit_seconds: float = 8.0,
+) -> Comparison:
+    """Time `model` and its torch.nn twin at the same work, in both layouts.
 
     Results are compared before anything is timed. fastconv may not fall back to ATen meanwhile.
 
     Args:
+        work: one of :data:`WORKS`.
         model: a network of fastconv's layers; it is copied, not changed.
-        images, labels: at least as many as the largest batch, on the device to measure.
-        batches: batch sizes.
-        rounds, sample_seconds: see :func:`fastconv.benchmarking.timing.time_interleaved`.
-        on_case: called with (work, batch) before each measurement.
+        images, labels: one batch, on the device to measure.
+        rounds, sample_seconds, limit_seconds: see
+            :func:`fastconv.benchmarking.timing.time_interleaved`.
 
     Raises:
         Disagreement: the two do not compute the same.
         RuntimeError: an operation has no kernel of fastconv's here.
     """
-    if max(batches) > len(images):
-        raise ValueError(f"a batch of {max(batches)} needs as many images, but got {len(images)}")
-    pairs = {
-        layout: tuple(
-            copy.deepcopy(side).to(memory_format=memory_format)
-            for side in (model, torch_twin(model))
-        )
-        for layout, memory_format in LAYOUTS.items()
-    }
-    comparisons = []
+    ways = {}
     with fastconv.allow_fallback(False):
-        for work in ("inference", "training step"):
-            for batch in batches:
-                if on_case is not None:
-                    on_case(work, batch)
-                ways = {}
-                for layout, (ours, theirs) in pairs.items():
-                    x = images[:batch].contiguous(memory_format=LAYOUTS[layout])
-                    y = labels[:batch]
-                    assert_same_step(ours, theirs, x, y)
-                    for side, network in (("ours", ours), ("theirs", theirs)):
-                        ways[side, layout] = (
-                            inference_step(network, x)
-                            if work == "inference"
-                            else training_step(network, x, y)
-                        )
-                timings = time_interleaved(
-                    ways, rounds=rounds, sample_seconds=sample_seconds, device=images.device
-                )
-                ours, theirs = (
-                    {layout: timings[side, layout] for layout in LAYOUTS}
-                    for side in ("ours", "theirs")
-                )
-                comparisons.append(Comparison(work, batch, ours, theirs))
-    return comparisons
+        for layout, memory_format in LAYOUTS.items():
+            ours = copy.deepcopy(model).to(memory_format=memory_format)
+            theirs = torch_twin(ours)
+            x = images.contiguous(memory_format=memory_format)
+            assert_same(work, ours, theirs, x, labels)
+            ways["ours", layout] = _step(work, ours, x, labels)
+            ways["theirs", layout] = _step(work, theirs, x, labels)
+        timings = time_interleaved(
+            ways,
+            rounds=rounds,
+            sample_seconds=sample_seconds,
+            device=images.device,
+            limit_seconds=limit_seconds,
+        )
+    ours, theirs = (
+        {layout: timings[side, layout] for layout in LAYOUTS} for side in ("ours", "theirs")
+    )
+    return Comparison(work, len(images), ours, theirs)

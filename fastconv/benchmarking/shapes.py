@@ -358,8 +358,8 @@ def _edge(name: str, N, C, H, W, K, kernel, stride=1, padding=0, dilation=1, gro
 
 
 # Small enough for a slow reference, odd enough to reach every remainder loop: channels around the
-# vector lengths 4, 8 and 16 and their multiples, rows and columns that end in mid-tile, borders that
-# no tap reaches, and sizes of zero and one.
+# vector lengths 4, 8 and 16 and their multiples, rows and columns that end in mid-tile, borders
+# that no tap reaches, and sizes of zero and one.
 CONV_EDGES: tuple[ConvShape, ...] = (
     _edge("3x3", 2, 16, 9, 10, 16, 3, padding=1),
     _edge("3x3 no padding", 1, 8, 7, 6, 8, 3),
@@ -368,7 +368,7 @@ CONV_EDGES: tuple[ConvShape, ...] = (
     _edge("three channels, stem", 1, 3, 23, 21, 16, 7, 2, 3),
     _edge("three channels, AlexNet stem", 1, 3, 31, 27, 9, 11, 4, 2),
     _edge("17 to 33 channels", 1, 17, 6, 7, 33, 3, padding=1),
-    _edge("64 to 64 channels", 1, 64, 5, 6, 64, 3, padding=1),
+    _edge("64 to 64 channels, 3x3", 1, 64, 5, 6, 64, 3, padding=1),
     _edge("64 to 65 channels, 1x1", 1, 64, 5, 7, 65, 1),
     _edge("wide rows", 1, 4, 3, 70, 5, 3, padding=1),
     _edge("one filter", 2, 6, 6, 6, 1, 3, padding=1),

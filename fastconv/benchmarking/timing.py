@@ -6,6 +6,7 @@ within a round, where both sides saw the same machine.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -117,6 +118,7 @@ def time_interleaved(
     warm_up: int = 3,
     device: torch.device | str = "cpu",
     cold_cache: bool = True,
+    limit_seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Time every way in turns.
 
@@ -127,8 +129,12 @@ def time_interleaved(
     Args:
         ways: name -> a function of no arguments.
         rounds: samples a way.
+        sample_seconds: about how long a sample lasts.
+        warm_up: calls before anything is timed.
         device: where the ways run; on a GPU, CUDA events are the clock.
         cold_cache: on a GPU, empty the L2 cache before every sample.
+        limit_seconds: begin no round after this time, once there are three: on a busy machine
+            samples last longer than was planned.
 
     Returns:
         name -> :class:`Timing`, in the order given.
@@ -151,8 +157,11 @@ def time_interleaved(
     names = list(ways)
     collecting = gc.isenabled()
     gc.disable()
+    began = time.perf_counter()
     try:
         for number in range(rounds):
+            if number >= 3 and time.perf_counter() - began > limit_seconds:
+                break
             first = number % max(len(names), 1)
             for name in names[first:] + names[:first]:
                 samples[name].append(clock.sample(ways[name], calls[name]))

@@ -28,7 +28,7 @@ class LeNet5(nn.Module):
         num_classes: how many scores the network gives an image.
         in_channels: 1 for grey images, 3 for colour.
         form: ``"modern"``: ReLU and max pooling. ``"classic"``: sigmoid and average pooling,
-            with Xavier's initialisation, without which sigmoids this deep hardly learn.
+            with Xavier's initialisation scaled for sigmoids.
 
     Raises:
         ValueError: ``form`` is neither, or a number is below 1.
@@ -61,7 +61,9 @@ class LeNet5(nn.Module):
         if form == "classic":
             for layer in (*self.features, *self.classifier):
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    nn.init.xavier_uniform_(layer.weight)
+                    # A sigmoid's slope is at most 1/4; without the 4 each layer passes on a quarter
+                    # of the gradient, and some seeds never leave 10 % accuracy.
+                    nn.init.xavier_uniform_(layer.weight, gain=4)
                     nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:

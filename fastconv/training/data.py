@@ -172,9 +172,7 @@ def _download(name: str, folder: str, root: Path) -> None:
         getattr(datasets, folder)(str(root), download=True)
     # URLError is an OSError; torchvision itself raises RuntimeError when every mirror failed.
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"cannot download {name} to {root / folder}: {_one_line(error)}"
-        ) from error
+        raise DataError(f"cannot download {name} to {root / folder}: {_one_line(error)}") from error
 
 
 def read_idx(path: Path) -> Tensor:

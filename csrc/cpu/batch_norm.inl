@@ -1,0 +1,255 @@
+// BatchNorm, one copy for each instruction set.
+//
+// Both directions have two steps. First two sums a channel: the moments of the input (forward), or
+// the sums of grad and of grad * (input - mean) (backward). Then every element is computed from its
+// channel's few coefficients. In NCHW with 64 channels or more, one channel does both steps before
+// the next, so that the second finds its input in the cache.
+#include "cpu/lanes.inl"
+//
+#include "cpu/batch_norm_sums.inl"
+
+namespace fastconv {
+namespace FASTCONV_ISA {
+
+// y = (x - mean) * scale + shift. In training the part of the mean that A cannot hold goes into the
+// shift: with a mean of 1e4 it is worth 5e-4.
+template <class A>
+struct Normalize {
+  A mean, scale, shift;
+
+  Normalize(const BatchNormProblem& t, const BatchNormArgs& a, int64_t c, double mean_c,
+            double var_c) {
+    const double factor = channel_value<A>(a.weight, c, 1) / std::sqrt(var_c + t.eps);
+    mean = static_cast<A>(mean_c);
+    scale = static_cast<A>(factor);
+    shift = static_cast<A>(channel_value<A>(a.bias, c, 0) -
+                           (mean_c - static_cast<double>(mean)) * factor);
+  }
+  static constexpr int64_t kCount = 3;
+  A at(int64_t i) const { return i == 0 ? mean : i == 1 ? scale : shift; }
+};
+
+// dx = ((dy - mean of dy) - (x - mean) * slope) * scale; in inference dx = dy * scale.
+template <class A>
+struct Differentiate {
+  A mean, grad_mean, slope, scale;
+
+  Differentiate(const BatchNormProblem& t, const BatchNormArgs& a, int64_t c, double sum,
+                double dot) {
+    const double invstd = 1 / std::sqrt(channel_value<A>(a.var_in, c, 1) + t.eps);
+    const double count = static_cast<double>(std::max<int64_t>(t.per_channel(), 1));
+    mean = static_cast<A>(channel_value<A>(a.mean_in, c, 0));
+    grad_mean = static_cast<A>(sum / count);
+    slope = static_cast<A>(dot * invstd * invstd / count);
+    scale = static_cast<A>(invstd * channel_value<A>(a.weight, c, 1));
+    static_cast<A*>(a.grad_weight)[c] = static_cast<A>(dot * invstd);
+    static_cast<A*>(a.grad_bias)[c] = static_cast<A>(sum);
+  }
+  static constexpr int64_t kCount = 4;
+  A at(int64_t i) const { return i == 0 ? mean : i == 1 ? grad_mean : i == 2 ? slope : scale; }
+};
+
+// One vector of the second step; k are the coefficients above, in order.
+template <class T, bool kDgrad>
+FASTCONV_INLINE Vec<accumulator_t<T>> second_step(bool training, const T* x, const T* grad,
+                                                  int64_t lanes, const Vec<accumulator_t<T>>* k) {
+  const Vec<accumulator_t<T>> none{};
+  if constexpr (!kDgrad) {
+    return (load_upto(x, lanes, none) - k[0]) * k[1] + k[2];
+  } else {
+    if (!training) return load_upto(grad, lanes, none) * k[3];
+    const auto centred = load_upto(x, lanes, none) - k[0];
+    return ((load_upto(grad, lanes, none) - k[1]) - centred * k[2]) * k[3];
+  }
+}
+
+// ---- NCHW ----------------------------------------------------------------------------------
+
+template <class T, bool kDgrad, class Coefficients>
+void second_step_of_plane(bool training, const T* x, const T* grad, T* out, int64_t n,
+                          const Coefficients& coefficients) {
+  using A = accumulator_t<T>;
+  constexpr int64_t L = Lanes<A>::kCount;
+  Vec<A> k[Coefficients::kCount];
+  for (int64_t i = 0; i < Coefficients::kCount; ++i) k[i] = broadcast<A>(coefficients.at(i));
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    store(out + i, second_step<T, kDgrad>(training, x + i, grad + i, L, k));
+  }
+  if (i < n) {
+    store_first(out + i, second_step<T, kDgrad>(training, x + i, grad + i, n - i, k), n - i);
+  }
+}
+
+// The first step's result for channel c: mean and variance, or the two sums of backward.
+template <class T, bool kDgrad>
+struct ChannelResult {
+  double first = 0, second = 0;
+
+  ChannelResult(const BatchNormProblem& t, const BatchNormArgs& a, const BatchNormPlan& plan,
+                const double* partial, int64_t c) {
+    using A = accumulator_t<T>;
+    if constexpr (!kDgrad) {
+      if (!t.training) {
+        first = channel_value<A>(a.mean_in, c, 0);
+        second = channel_value<A>(a.var_in, c, 1);
+        return;
+      }
+    }
+    Moments moments;
+    for (int64_t slice = 0; slice < plan.slices; ++slice) {
+      const double* sums = partial + slice * 2 * plan.C;
+      if constexpr (kDgrad) {
+        first += sums[c];
+        second += sums[plan.C + c];
+      } else {
+        moments.merge(plan.slice_count(slice), sums[c], sums[plan.C + c]);
+      }
+    }
+    if constexpr (!kDgrad) {
+      first = moments.mean;
+      second = moments.count > 0 ? moments.m2 / moments.count : 0;
+      static_cast<A*>(a.mean_out)[c] = static_cast<A>(first);
+      static_cast<A*>(a.var_out)[c] = static_cast<A>(second);
+    }
+  }
+};
+
+template <class T, bool kDgrad>
+void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+  using A = accumulator_t<T>;
+  using Coefficients = std::conditional_t<kDgrad, Differentiate<A>, Normalize<A>>;
+  const BatchNormPlan plan(t);
+  double* partial = static_cast<double*>(a.workspace);
+  const auto first_step = [&](int64_t begin, int64_t end) {
+    if (!kDgrad && !t.training) return;  // no sums
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t c = unit / plan.slices, slice = unit % plan.slices;
+      sum_slice_of_planes<T, kDgrad>(a, plan, c, slice, partial + slice * 2 * plan.C);
+    }
+  };
+  const auto coefficients_of = [&](int64_t c) {
+    const ChannelResult<T, kDgrad> result(t, a, plan, partial, c);
+    return Coefficients(t, a, c, result.first, result.second);
+  };
+  const auto plane_step = [&](int64_t n, int64_t c, const Coefficients& coefficients) {
+    const int64_t plane = (n * plan.C + c) * plan.HW;
+    second_step_of_plane<T, kDgrad>(t.training, static_cast<const T*>(a.input) + plane,
+                                    static_cast<const T*>(a.grad) + plane,
+                                    static_cast<T*>(a.out) + plane, plan.HW, coefficients);
+  };
+  const bool fused = plan.slices == 1 && (kDgrad || t.training);
+  if (fused) {
+    for_ranges(context, plan.C, t.bytes(), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        first_step(c, c + 1);
+        const Coefficients coefficients = coefficients_of(c);
+        if (a.out == nullptr) continue;
+        for (int64_t n = 0; n < plan.N; ++n) plane_step(n, c, coefficients);
+      }
+    });
+    return;
+  }
+  // Too few channels to go round: threads share a channel's slices, then its planes. Inference has
+  // no sums and takes the planes as they lie in memory.
+  for_ranges(context, plan.C * plan.slices, t.bytes(), first_step);
+  std::vector<Coefficients> coefficients;
+  for (int64_t c = 0; c < plan.C; ++c) coefficients.push_back(coefficients_of(c));
+  if (a.out == nullptr) return;
+  for_ranges(context, plan.N * plan.C, t.bytes(), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      plane_step(plane / plan.C, plane % plan.C, coefficients[plane % plan.C]);
+    }
+  });
+}
+
+// ---- NHWC ----------------------------------------------------------------------------------
+
+// Rows [begin, end).
+template <class T, bool kDgrad, class Coefficients>
+void second_step_of_rows(bool training, const BatchNormArgs& a, const BatchNormPlan& plan,
+                         const accumulator_t<T>* coefficients, int64_t begin, int64_t end) {
+  using A = accumulator_t<T>;
+  constexpr int64_t L = Lanes<A>::kCount;
+  const T* input = static_cast<const T*>(a.input);
+  const T* grad = static_cast<const T*>(a.grad);
+  T* out = static_cast<T*>(a.out);
+  const int64_t C = plan.C;
+  // `count` rows from element `at` on: a channel's coefficients are loaded once for them.
+  const auto rows_step = [&](int64_t at, auto count) FASTCONV_INLINE_LAMBDA {
+    constexpr int64_t kCount = decltype(count)::value;
+    for (int64_t c = 0; c < C; c += L) {
+      Vec<A> k[Coefficients::kCount];
+      for (int64_t i = 0; i < Coefficients::kCount; ++i)
+        k[i] = load(coefficients + i * (C + 16) + c);
+      for (int64_t r = 0; r < kCount; ++r) {
+        const int64_t i = at + r * C + c;
+        if (c + L <= C) {
+          store(out + i, second_step<T, kDgrad>(training, input + i, grad + i, L, k));
+        } else {
+          const auto last = second_step<T, kDgrad>(training, input + i, grad + i, C - c, k);
+          store_first(out + i, last, C - c);
+        }
+      }
+    }
+  };
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) rows_step(row * C, std::integral_constant<int64_t, 4>());
+  for (; row < end; ++row) rows_step(row * C, std::integral_constant<int64_t, 1>());
+}
+
+template <class T, bool kDgrad>
+void channels_of_rows(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+  using A = accumulator_t<T>;
+  using Coefficients = std::conditional_t<kDgrad, Differentiate<A>, Normalize<A>>;
+  const BatchNormPlan plan(t);
+  double* partial = static_cast<double*>(a.workspace);
+  A* coefficients = reinterpret_cast<A*>(partial + plan.partial_doubles());
+  if (kDgrad || t.training) {
+    for_ranges(context, plan.slices * plan.groups(), t.bytes(), [&](int64_t begin, int64_t end) {
+      RowSums<T, kDgrad> sums(a, plan);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t slice = unit / plan.groups(), group = unit % plan.groups();
+        sums.slice(slice, group * BatchNormPlan::kGroup, partial + slice * 2 * plan.C);
+      }
+    });
+  }
+  const double merged_bytes = 8.0 * static_cast<double>(plan.partial_doubles());
+  for_ranges(context, plan.C, merged_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const ChannelResult<T, kDgrad> result(t, a, plan, partial, c);
+      const Coefficients of_channel(t, a, c, result.first, result.second);
+      for (int64_t i = 0; i < Coefficients::kCount; ++i) {
+        coefficients[i * (plan.C + 16) + c] = of_channel.at(i);
+      }
+    }
+  });
+  if (a.out == nullptr) return;
+  for_ranges(context, plan.M, t.bytes(), [&](int64_t begin, int64_t end) {
+    second_step_of_rows<T, kDgrad, Coefficients>(t.training, a, plan, coefficients, begin, end);
+  });
+}
+
+template <bool kDgrad>
+void launch_batch_norm(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+  dispatch_dtype(t.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool rows = BatchNormPlan(t).by_rows;
+    if (rows) {
+      channels_of_rows<T, kDgrad>(t, a, context);
+    } else {
+      channels_of_planes<T, kDgrad>(t, a, context);
+    }
+  });
+}
+
+void batch_norm_fprop(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+  launch_batch_norm<false>(t, a, context);
+}
+
+void batch_norm_dgrad(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+  launch_batch_norm<true>(t, a, context);
+}
+
+}  // namespace FASTCONV_ISA
+}  // namespace fastconv

