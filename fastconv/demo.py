@@ -213,8 +213,12 @@ def _print_race(console, comparisons: list[Comparison]) -> None:
         "A training step is forward, loss and backward. Nothing of fastconv's fell back to ATen."
     )
     if any(one.speedup.high > 1.5 * one.speedup.low for one in comparisons):
-        console.print("The machine was busy: rounds disagree, so take these figures as rough.")
-    lost = [f"{one.work} at batch {one.batch}" for one in comparisons if one.winner == "torch.nn"]
-    console.print(
-        f"torch.nn is faster in: {', '.join(lost)}." if lost else "torch.nn wins nowhere."
-    )
+        console.print("The machine was busy: rounds disagree, so these figures are rough.")
+    _list(console, "torch.nn is faster in", "torch.nn", comparisons)
+    _list(console, "Too close, or too noisy, to call", "neither", comparisons)
+
+
+def _list(console, heading: str, winner: str, comparisons: list[Comparison]) -> None:
+    found = [f"{one.work} at batch {one.batch}" for one in comparisons if one.winner == winner]
+    if found:
+        console.print(f"{heading}: {', '.join(found)}.")

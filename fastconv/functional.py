@@ -4,11 +4,13 @@ Names, arguments, defaults, results, memory formats and exception types are torc
 written in CUTLASS's letters: input (N, C, H, W), weight (K, C / groups, R, S), output (N, K, P, Q).
 """
 
+import functools
 import operator
 
 import torch
 import torch.nn.functional as F
 from torch.nn.functional import interpolate, relu
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 from fastconv import _extension
@@ -46,21 +48,43 @@ _batch_norm_training = _operator("batch_norm_training")
 _batch_norm_inference = _operator("batch_norm_inference")
 
 
-def _check_tensors(op, **tensors):
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) and value is not None:
+def _overridable(function):
+    """Lets tensor subclasses and torch.fx's proxies take a call over, as torch's functions do."""
+
+    @functools.wraps(function)
+    def call(input, *args, **kwargs):
+        if has_torch_function_unary(input):
+            return handle_torch_function(call, (input,), input, *args, **kwargs)
+        return function(input, *args, **kwargs)
+
+    return call
+
+
+def _check_tensors(op, required, **optional):
+    for name, value in required.items():
+        if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}(): {name} must be a Tensor, but got {type(value).__name__}")
+    for name, value in optional.items():
+        if not isinstance(value, torch.Tensor) and value is not None:
+            raise TypeError(
+                f"{op}(): {name} must be a Tensor or None, but got {type(value).__name__}"
+            )
 
 
-def _one_int(op, name, value, whole):
-    if isinstance(value, int | torch.SymInt):
+def _one_int(op, name, value, whole, wanted="an int or a tuple of ints"):
+    if isinstance(value, torch.SymInt):
         return value
     try:
-        return operator.index(value)  # numpy's integers, tensors of one integer
+        value = operator.index(value)  # numpy's integers and tensors of one integer too
     except TypeError:
-        raise TypeError(
-            f"{op}(): argument '{name}' must be an int or a tuple of ints, but got {whole!r}"
-        ) from None
+        raise TypeError(f"{op}(): argument '{name}' must be {wanted}, but got {whole!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}(): argument '{name}' does not fit 64 bits: {whole!r}")
+    return value
+
+
+def _as_int(op, name, value):
+    return value if type(value) is int else _one_int(op, name, value, value, "an int")
 
 
 def as_ints(op, name, value):
@@ -69,13 +93,10 @@ def as_ints(op, name, value):
     Raises:
         TypeError: for anything that is not an integer.
     """
-    # The two usual spellings first: this runs four times a call.
-    if type(value) is int:
+    if type(value) is int and -(2**63) <= value < 2**63:
         return (value, value)
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value
     if isinstance(value, list | tuple):
-        return tuple(_one_int(op, name, v, value) for v in value)
+        return tuple([_one_int(op, name, v, value) for v in value])
     value = _one_int(op, name, value, value)
     return (value, value)
 
@@ -101,6 +122,7 @@ def resolve_padding(input, weight, stride, padding, dilation):
     return input, left
 
 
+@_overridable
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """2-D convolution (cross-correlation), as :func:`torch.nn.functional.conv2d`.
 
@@ -119,13 +141,15 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     Raises:
         RuntimeError: for sizes, dtypes or devices that do not fit; the message names the value.
     """
-    _check_tensors("conv2d", input=input, weight=weight, bias=bias)
+    _check_tensors("conv2d", {"input": input, "weight": weight}, bias=bias)
     stride = as_ints("conv2d", "stride", stride)
     dilation = as_ints("conv2d", "dilation", dilation)
+    groups = _as_int("conv2d", "groups", groups)
     input, padding = resolve_padding(input, weight, stride, padding, dilation)
     return _conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+@_overridable
 def max_pool2d(
     input,
     kernel_size,
@@ -146,7 +170,7 @@ def max_pool2d(
 
     NaN wins, and of equal maxima the first.
     """
-    _check_tensors("max_pool2d", input=input)
+    _check_tensors("max_pool2d", {"input": input})
     pool = _max_pool2d_with_indices if return_indices else _max_pool2d
     return pool(
         input,
@@ -158,6 +182,7 @@ def max_pool2d(
     )
 
 
+@_overridable
 def avg_pool2d(
     input,
     kernel_size,
@@ -176,7 +201,7 @@ def avg_pool2d(
         count_include_pad: whether padding counts among the elements that a sum is divided by.
         divisor_override: what to divide by instead.
     """
-    _check_tensors("avg_pool2d", input=input)
+    _check_tensors("avg_pool2d", {"input": input})
     return _avg_pool2d(
         input,
         as_ints("avg_pool2d", "kernel_size", kernel_size),
@@ -184,10 +209,13 @@ def avg_pool2d(
         as_ints("avg_pool2d", "padding", padding),
         ceil_mode,
         count_include_pad,
-        divisor_override,
+        None
+        if divisor_override is None
+        else _as_int("avg_pool2d", "divisor_override", divisor_override),
     )
 
 
+@_overridable
 def adaptive_avg_pool2d(input, output_size):
     """2-D adaptive average pooling, as :func:`torch.nn.functional.adaptive_avg_pool2d`.
 
@@ -199,7 +227,6 @@ def adaptive_avg_pool2d(input, output_size):
     Raises:
         ValueError: for an input of fewer than three dimensions.
     """
-    _check_tensors("adaptive_avg_pool2d", input=input)
     if not isinstance(output_size, int | torch.SymInt):
         if input.dim() <= len(output_size):
             raise ValueError(
@@ -210,6 +237,7 @@ def adaptive_avg_pool2d(input, output_size):
         output_size = [
             old if new is None else new for new, old in zip(output_size, kept, strict=True)
         ]
+    _check_tensors("adaptive_avg_pool2d", {"input": input})
     return _adaptive_avg_pool2d(input, as_ints("adaptive_avg_pool2d", "output_size", output_size))
 
 
@@ -241,6 +269,7 @@ def _check_batch_norm(input, training, eps):
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
 
 
+@_overridable
 def batch_norm(
     input,
     running_mean,
@@ -263,8 +292,14 @@ def batch_norm(
         ValueError: in training, for a single value per channel or eps <= 0.
         RuntimeError: for sizes or dtypes that do not fit.
     """
-    _check_tensors("batch_norm", input=input, running_mean=running_mean, running_var=running_var)
-    _check_tensors("batch_norm", weight=weight, bias=bias)
+    _check_tensors(
+        "batch_norm",
+        {"input": input},
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+    )
     _check_batch_norm(input, training, eps)
     if not training:
         if running_mean is None or running_var is None:
@@ -281,7 +316,7 @@ def batch_norm(
 
 def _check_running(input, *statistics):
     for running in statistics:
-        if running is not None and running.shape != input.shape[1:2]:
+        if running is not None and input.dim() > 1 and running.numel() != input.shape[1]:
             raise RuntimeError(
                 f"batch_norm: running statistics should contain {input.shape[1]} elements, but "
                 f"have size {tuple(running.shape)}"
@@ -313,6 +348,7 @@ def activation_name(activation):
     return name
 
 
+@_overridable
 def conv_bn_relu(
     input,
     weight,
@@ -354,9 +390,19 @@ def conv_bn_relu(
         RuntimeError: as :func:`conv2d`, and for a residual of another size.
     """
     activation = activation_name(activation)
-    _check_tensors("conv_bn_relu", input=input, weight=weight, bias=bias, residual=residual)
+    _check_tensors(
+        "conv_bn_relu",
+        {"input": input, "weight": weight},
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+        residual=residual,
+    )
     stride = as_ints("conv_bn_relu", "stride", stride)
     dilation = as_ints("conv_bn_relu", "dilation", dilation)
+    groups = _as_int("conv_bn_relu", "groups", groups)
     input, padding = resolve_padding(input, weight, stride, padding, dilation)
     if not training and running_mean is not None and running_var is not None:
         _check_batch_norm(input, training, eps)

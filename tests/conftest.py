@@ -33,6 +33,12 @@ def _same_numbers_every_time():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread():
+    """For sweeps of many tiny calls whose point is arithmetic: test_threads.py is about threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=support.backends(), ids=str)
 def backend(request):
     """Each backend that runs here, forced; its `device` is where tensors go."""

@@ -126,7 +126,8 @@ def _pool_sizes(x, kernel, stride, padding, dilation, ceil_mode):
 
 
 def max_pool2d(x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False):
-    """Values and torch's flat indices: of equal maxima the first, of NaNs the last."""
+    """Values and torch's flat indices: of equal maxima the first, of NaNs the last. A window that
+    dilation leads past the whole input is -inf, at -1 (torch: some place beyond the input)."""
     stride = kernel if stride is None else stride
     P, Q = _pool_sizes(x, kernel, stride, padding, dilation, ceil_mode)
     geometry = (P, Q, kernel, stride, padding, dilation)
@@ -145,18 +146,19 @@ def max_pool2d(x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False):
     best = taps.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(-1, keepdim=True)
     first = torch.where(inside & (taps == best), order, order.numel()).amin(-1)
     last_nan = torch.where(nan, order, -1).amax(-1)
-    chosen = torch.where(nan.any(-1), last_nan, first)[..., None]
+    chosen = torch.where(nan.any(-1), last_nan, first.clamp(max=order.numel() - 1))[..., None]
     return taps.gather(-1, chosen)[..., 0], where.gather(-1, chosen)[..., 0]
 
 
 def max_pool2d_backward(grad, indices, H, W):
     N, C = grad.shape[:2]
     flat = torch.zeros(N, C, H * W, dtype=grad.dtype)
-    flat.scatter_add_(2, indices.flatten(2), grad.flatten(2))
+    seen = torch.where(indices >= 0, grad, 0)
+    flat.scatter_add_(2, indices.clamp(min=0).flatten(2), seen.flatten(2))
     return flat.reshape(N, C, H, W)
 
 
-def avg_pool2d(
+def avg_pool2d_sums(
     x,
     kernel,
     stride=None,
@@ -165,11 +167,12 @@ def avg_pool2d(
     count_include_pad=True,
     divisor_override=None,
 ):
+    """Each window's sum, and what it is divided by."""
     stride = kernel if stride is None else stride
     P, Q = _pool_sizes(x, kernel, stride, padding, 1, ceil_mode)
     total = windows(x, P, Q, kernel, stride, padding, 1).sum((3, 5))
     if divisor_override is not None:
-        return total / divisor_override
+        return total, torch.full((P, Q), float(divisor_override), dtype=x.dtype)
 
     def counts(size, out, window, step, pad):
         start = torch.arange(out) * step - pad
@@ -180,10 +183,10 @@ def avg_pool2d(
 
     (R, S), (sh, sw), (ph, pw) = map(pair, (kernel, stride, padding))
     H, W = x.shape[2:]
-    return total / (counts(H, P, R, sh, ph)[:, None] * counts(W, Q, S, sw, pw)[None, :])
+    return total, counts(H, P, R, sh, ph)[:, None] * counts(W, Q, S, sw, pw)[None, :]
 
 
-def adaptive_avg_pool2d(x, output_size):
+def adaptive_avg_pool2d_sums(x, output_size):
     """Cell i of O covers floor(i * size / O) up to ceil((i + 1) * size / O), as torch's does."""
     H, W = x.shape[2:]
     P, Q = output_size
@@ -192,10 +195,42 @@ def adaptive_avg_pool2d(x, output_size):
         return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
 
     rows = [
-        torch.stack([x[:, :, h0:h1, w0:w1].mean((2, 3)) for w0, w1 in cells(W, Q)], -1)
+        torch.stack([x[:, :, h0:h1, w0:w1].sum((2, 3)) for w0, w1 in cells(W, Q)], -1)
         for h0, h1 in cells(H, P)
     ]
-    return torch.stack(rows, -2)
+    heights, widths = (
+        torch.tensor([b - a for a, b in cells(size, out)], dtype=x.dtype)
+        for size, out in ((H, P), (W, Q))
+    )
+    return torch.stack(rows, -2), heights[:, None] * widths[None, :]
+
+
+def avg_pool2d(x, *args, **options):
+    total, divisor = avg_pool2d_sums(x, *args, **options)
+    return total / divisor
+
+
+def adaptive_avg_pool2d(x, output_size):
+    total, divisor = adaptive_avg_pool2d_sums(x, output_size)
+    return total / divisor
+
+
+def average_extended(sums, x, grad=None):
+    """Averages with 64 mantissa bits, or with `grad` the input's gradient. `sums` is one of the
+    functions above with its options; its matrix of zeros and ones comes from the unit images."""
+    N, C, H, W = x.shape
+    unit = torch.eye(H * W, dtype=x.dtype).reshape(H * W, 1, H, W)
+    matrix, divisor = sums(unit)
+    P, Q = divisor.shape
+    matrix, divisor, x = (
+        t.detach().numpy().astype(np.longdouble) for t in (matrix.flatten(1), divisor, x)
+    )
+    if grad is None:
+        out = (x.reshape(N * C, H * W) @ matrix).reshape(N, C, P, Q) / divisor
+    else:
+        share = grad.detach().numpy().astype(np.longdouble) / divisor
+        out = (share.reshape(N * C, P * Q) @ matrix.T).reshape(N, C, H, W)
+    return torch.from_numpy(out.astype(np.float64))
 
 
 def batch_norm(x, weight=None, bias=None, mean=None, var=None, eps=1e-5):
@@ -209,3 +244,31 @@ def batch_norm(x, weight=None, bias=None, mean=None, var=None, eps=1e-5):
     if weight is not None:
         out = out * weight.reshape(shape)
     return out if bias is None else out + bias.reshape(shape)
+
+
+def batch_norm_extended(x, grad, weight, bias, mean=None, var=None, eps=1e-5):
+    """Output and the gradients of input, weight and bias with 64 mantissa bits; training when
+    mean is None."""
+    wide, axes = np.longdouble, (0, *range(2, x.dim()))
+    training, ones = mean is None, [1] * (x.dim() - 2)
+
+    def column(t):
+        return t.detach().numpy().astype(wide).reshape(1, -1, *ones)
+
+    x, grad = (t.detach().numpy().astype(wide) for t in (x, grad))
+    if training:
+        mean = x.mean(axes, keepdims=True)
+        var = np.square(x - mean).mean(axes, keepdims=True)
+    else:
+        mean, var = column(mean), column(var)
+    scale = 1 / np.sqrt(var + wide(eps))
+    normal = (x - mean) * scale
+    dweight = (grad * normal).sum(axes, keepdims=True)
+    dbias = grad.sum(axes, keepdims=True)
+    dx = grad * column(weight) * scale
+    if training:
+        count = x.size // x.shape[1]
+        dx -= column(weight) * scale * (dbias + normal * dweight) / count
+    out = normal * column(weight) + column(bias)
+    results = (out, dx, dweight.reshape(-1), dbias.reshape(-1))
+    return [torch.from_numpy(a.astype(np.float64)) for a in results]

@@ -23,6 +23,8 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 LAYOUT_PAIRS = [(a, b) for a in FORMATS for b in FORMATS]  # of input and filter
 
+FEW, DRAWS = 256, 4  # see ConvCase.peer_error
+
 # What a run of the tests has covered; conftest prints it at the end.
 coverage: Counter[str] = Counter()
 
@@ -157,9 +159,9 @@ def normal(shape, generator, dtype=torch.float64):
 class ConvCase:
     """Inputs of one convolution in one dtype, with float64 answers and PyTorch's own errors."""
 
-    def __init__(self, shape: ConvShape, kind: str, dtype: torch.dtype):
-        self.shape, self.kind, self.dtype = shape, kind, dtype
-        generator = torch.Generator().manual_seed(sum(shape.input + shape.weight))
+    def __init__(self, shape: ConvShape, kind: str, dtype: torch.dtype, seed: int = 0):
+        self.shape, self.kind, self.dtype, self.seed = shape, kind, dtype, seed
+        generator = torch.Generator().manual_seed(sum(shape.input + shape.weight) + seed)
         make = integers if kind == "integers" else normal
         self.input = make(shape.input, generator).to(dtype)
         self.weight = make(shape.weight, generator).to(dtype)
@@ -177,13 +179,18 @@ class ConvCase:
 
     @functools.cached_property
     def peer_error(self) -> dict[str, float]:
-        """The larger of the errors of torch's two layouts."""
+        """The larger of the errors of torch's two layouts. One draw of few elements may come out
+        right by luck: where a result has less than 256, the worst of four draws counts."""
         errors = dict.fromkeys(self.reference, 0.0)
         for layout in FORMATS:
             for direction, got in run_conv(F.conv2d, self, layout, layout).items():
                 errors[direction] = max(
                     errors[direction], max_error(got, self.reference[direction])
                 )
+        few = [d for d, t in self.reference.items() if 0 < t.numel() < FEW]
+        for seed in range(1, DRAWS) if few and self.seed == 0 else ():
+            other = ConvCase(self.shape, self.kind, self.dtype, seed).peer_error
+            errors |= {d: max(errors[d], other[d]) for d in few}
         return errors
 
 

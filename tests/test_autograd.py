@@ -588,12 +588,12 @@ def opcheck_samples(device):
         big = torch.ops.fastconv.max_pool2d_with_offsets(t(*x, grad=False), *window, [1, 1], False)[
             1
         ]
-        samples["max_pool2d_backward"] += [(t(*pooled), big, list(x), *window, [1, 1], last)]
+        samples["max_pool2d_backward"] += [(t(*pooled), big, list(x), *window, [1, 1], False, last)]
         samples["avg_pool2d"] += [
             (t(*x), *window, True, False, None),
             (t(*x), [2, 2], [], [0, 0], False, True, 3),
         ]
-        samples["avg_pool2d_backward"] += [(t(*pooled), list(x), *window, True, None, last)]
+        samples["avg_pool2d_backward"] += [(t(*pooled), list(x), *window, False, True, None, last)]
         samples["adaptive_avg_pool2d"] += [(t(*x), [3, 2]), (t(*x), [1, 1])]
         samples["adaptive_avg_pool2d_backward"] += [(t(*pooled), list(x), last)]
         samples["batch_norm_training"] += [(t(*x), r(4), r(4), 1e-5), (t(*x), None, None, 1e-3)]

@@ -1,6 +1,7 @@
 """BatchNorm: every row, training and inference, forward and backward, running statistics."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from support import (
     must_run,
     name_of,
     normal,
+    run_python,
 )
 
 NAMES = ("out", "input", "weight", "bias")
@@ -31,9 +33,9 @@ def placed(t, layout, device="cpu"):
     return torch.empty_like(t, device=device, memory_format=FORMATS[layout]).copy_(t)
 
 
-def make(size, dtype, parameter_dtype=None, offset=0.0):
+def make(size, dtype, parameter_dtype=None, offset=0.0, seed=0):
     """input, grad, weight, bias, running mean, running var."""
-    generator = torch.Generator().manual_seed(sum(size))
+    generator = torch.Generator().manual_seed(sum(size) + seed)
     parameter_dtype = parameter_dtype or dtype
     x = (normal(size, generator) * 3 + offset).to(dtype)
     grad = normal(size, generator).to(dtype)
@@ -53,15 +55,31 @@ def run(function, tensors, layout, training, device="cpu", eps=1e-5):
 
 
 def reference(tensors, training, eps=1e-5):
-    def double(x, mean, var, weight, bias, training, momentum, eps):
-        return references.batch_norm(x, weight, bias, mean, var, eps)
-
-    return run(double, [t.double() for t in tensors], "NCHW", training, eps=eps)
+    x, grad, weight, bias, *statistics = (t.double() for t in tensors)
+    statistics = (None, None) if training else statistics
+    answers = references.batch_norm_extended(x, grad, weight, bias, *statistics, eps)
+    return dict(zip(NAMES, answers, strict=True))
 
 
 def peer_errors(tensors, training, expected):
     peers = [run(F.batch_norm, tensors, layout, training) for layout in FORMATS]
     return {name: max(max_error(p[name], expected[name]) for p in peers) for name in NAMES}
+
+
+@functools.cache
+def contract_case(size, dtype, training):
+    """Tensors, answers, and PyTorch's errors: the worst of four draws for the few elements of the
+    parameters' gradients, which one draw may get right by luck."""
+    draws = []
+    for seed in range(support.DRAWS):
+        tensors = make(size, dtype, seed=seed)
+        expected = reference(tensors, training)
+        draws.append((tensors, expected, peer_errors(tensors, training, expected)))
+    tensors, expected, errors = draws[0]
+    for name in NAMES:
+        if expected[name].numel() < support.FEW:
+            errors[name] = max(e[name] for _, _, e in draws)
+    return tensors, expected, errors
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -71,14 +89,10 @@ def peer_errors(tensors, training, expected):
 def test_contract(direction, training, dtype, layout):
     rows = support.rows("batch_norm", direction)
     assert rows
-    cases = []
-    for size in NORM_EDGES:
-        tensors = make(size, dtype)
-        expected = reference(tensors, training)
-        cases.append((size, tensors, expected, peer_errors(tensors, training, expected)))
     for row in rows:
         wrong, ran = [], 0
-        for size, tensors, expected, errors in cases:
+        for size in NORM_EDGES:
+            tensors, expected, errors = contract_case(size, dtype, training)
             device = support.row_device(row)
             got, reason = forced(
                 row, lambda t=tensors, d=device: run(ff.batch_norm, t, layout, training, d)
@@ -251,23 +265,36 @@ def test_other_ranks_go_where_torchs_go(size, training, backend):
     torch.testing.assert_close(ours, [mean, var])
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("size", [(0, 3, 4, 4), (2, 3, 0, 4)])
-def test_empty_batches_do_as_torchs(size, training, backend):
-    def attempt(function):
-        x = torch.ones(size, device=backend.device, requires_grad=True)
-        mean, var = torch.zeros(3, device=x.device), torch.ones(3, device=x.device)
-        weight = torch.ones(3, device=x.device, requires_grad=True)
-        out = function(x, mean, var, weight, None, training)
-        out.sum().backward()
-        return out, x.grad, weight.grad, mean, var
+EMPTY = """
+    import torch, fastconv
+    def attempt(module, size, training):
+        x = torch.ones(size, device="DEVICE", requires_grad=True)
+        C = size[1] if len(size) > 1 else 0
+        mean, var = torch.zeros(C, device=x.device), torch.ones(C, device=x.device)
+        weight = torch.ones(C, device=x.device, requires_grad=True)
+        try:
+            out = module.batch_norm(x, mean, var, weight, None, training)
+            out.sum().backward()
+        except Exception as error:
+            return type(error)
+        return out.shape, x.grad.shape, weight.grad.tolist(), mean.tolist(), var.tolist()
 
-    ours, error = support.outcome(attempt, ff.batch_norm)
-    theirs, expected = support.outcome(attempt, F.batch_norm)
-    assert type(error) is type(expected), f"{error!r}, torch's {expected!r}"
-    if expected is None:
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True)
+    for size in ((0, 3, 4, 4), (2, 3, 0, 4), (0, 3), (0,)):
+        for training in (True, False):
+            theirs = attempt(torch.nn.functional, size, training)
+            with fastconv.backend("BACKEND"):
+                ours = attempt(fastconv.functional, size, training)
+            print(size, training, "same" if ours == theirs else f"{ours}, torch's {theirs}")
+"""
+
+
+def test_empty_batches_do_as_torchs(backend):
+    """No running statistic moves. In a process of its own: there is a division by the count."""
+    done = run_python(EMPTY.replace("DEVICE", backend.device).replace("BACKEND", backend.name))
+    lines = done.stdout.splitlines()
+    wrong = [line for line in lines if not line.endswith("same")]
+    assert done.returncode == 0 and len(lines) == 8, f"after {lines}: {done.stderr[-500:]}"
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("layout", FORMATS)

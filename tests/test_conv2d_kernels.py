@@ -88,9 +88,11 @@ def within_contract(row):
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_integers_are_exact(row, dtype, layouts):
-    check(row, "integers", dtype, layouts, CONV_EDGES, exact(row))
+    with support.threads(2 if layouts[0] == layouts[1] else 1):
+        check(row, "integers", dtype, layouts, CONV_EDGES, exact(row))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -136,13 +138,15 @@ def touched(shape, bad_input, bad_grad, direction):
     return (by_grad + by_input if direction == "wgrad" else by_grad) > 0
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_nan_and_infinity_reach_what_they_touch_and_nothing_else(row, layout):
     """Skipping zeros, or reading a neighbour's row, would lose or spread them. Whether an infinite
     gradient meets the zeros of the padding is left open: torch's own kernels differ in that."""
+    names = ("3x3", "stride 2", "depthwise", "1x1", "32 groups of 4", "groups, 1x1", "two groups")
     ran = 0
-    for shape in (s for s in CONV_EDGES if s.name in ("3x3", "stride 2", "depthwise", "1x1")):
+    for shape in (s for s in CONV_EDGES if s.name in names):
         case = support.ConvCase(shape, "integers", torch.float32)
         bad = []
         for t in (case.input, case.grad):
@@ -210,6 +214,7 @@ def run_fused(row, shape, tensors, activation, with_residual):
     )
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("row", FPROP)
 @pytest.mark.parametrize("layouts", [("NCHW", "NCHW"), ("NHWC", "NHWC")], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -253,6 +258,7 @@ def test_every_edge_shape_runs_on_some_row_of_our_own(dtype, layouts):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 def test_output_and_gradient_strides_are_torch(dtype, layouts):

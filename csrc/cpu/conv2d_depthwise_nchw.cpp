@@ -97,8 +97,8 @@ class DepthwiseNchw {
     PlaneAxis h, w;
     std::vector<PhaseCopy> copies;
     std::vector<int64_t> offsets;
-    int64_t rows, columns, out_row, out_column;
-    int64_t plane_size, sums_size;
+    int64_t rows = 0, columns = 0, out_row = 0, out_column = 0;
+    int64_t plane_size = 0, sums_size = 0;
 
     DepthwisePlane view() const {
       return {static_cast<int64_t>(copies.size()),

@@ -55,9 +55,9 @@ struct IgemmCall {
     e.slope = static_cast<Acc>(p.epilogue.slope);
     return e;
   }
-  void store(RowEpilogue<T>& e, const Acc* sums, int64_t n, int64_t at, int64_t step) const {
+  void store(RowEpilogue<T>& e, const RowBox& box, const Acc* sums, int64_t at) const {
     if (fprop && p.epilogue.residual) e.residual = static_cast<const T*>(args.residual) + at;
-    ops.store(e, sums, n, out + at, step);
+    ops.store(e, box, sums, out + at);
   }
 
   const Conv2dProblem p;
@@ -79,6 +79,29 @@ inline int64_t filters_of_block(int64_t columns, int64_t multiple, int64_t most,
     filters = std::max(kMinFilters, round_up(filters / 2, multiple));
   }
   return filters;
+}
+
+// Reduction channels a unit of packing takes: long runs of the filter, yet work for every thread.
+inline int64_t pack_block(int64_t channels, int64_t threads) {
+  return std::clamp<int64_t>(round_up(divide_up(channels, 2 * threads), 16), 16, 128);
+}
+
+// Runs body(pass, begin, end) over the units of all passes at once: dgrad with a stride has many
+// passes, each with little to pack.
+template <class Units, class Body>
+void for_each_pass_unit(const Context& context, size_t passes, const Units& units,
+                        const Body& body) {
+  int64_t total = 0;
+  for (size_t i = 0; i < passes; ++i) total += units(i);
+  context.parallel_for(total, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // of pass i
+    for (size_t i = 0; i < passes && first < end; ++i) {
+      const int64_t count = units(i);
+      const int64_t from = std::max(begin, first), to = std::min(end, first + count);
+      if (from < to) body(i, from - first, to - first);
+      first += count;
+    }
+  });
 }
 
 // The part of a source axis that a run of grid points reads, cut out with zeros for padding.

@@ -23,9 +23,8 @@ constexpr int64_t kMaxRow = 1024;       // planes: of a row with its padding
 // Elements of D a block of planes may have: 64 KiB in float.
 constexpr int64_t kBlockSums = 16384;
 constexpr int64_t kMinBlockPixels = 192, kMaxBlockPixels = 1024;
-constexpr int64_t kPackChannels = 32;
-// Cycles for copying an element, where a vector multiply-add takes one: measured on short rows.
-constexpr double kCopyCycles = 0.35;
+// Cycles for copying an element of a run, where a vector multiply-add takes one, measured.
+constexpr double copy_cycles(int64_t run) { return 0.35 + 16.0 / static_cast<double>(run); }
 
 template <class T>
 class IgemmNchw {
@@ -47,7 +46,11 @@ class IgemmNchw {
     call_.bind(args);
     Scratch scratch(args.workspace);
     carve(scratch);
-    for (size_t i = 0; i < plans_.size(); ++i) pack_filter(call_.passes[i], plans_[i], context);
+    for_each_pass_unit(
+        context, plans_.size(), [&](size_t i) { return pack_units(call_.passes[i], plans_[i]); },
+        [&](size_t i, int64_t begin, int64_t end) {
+          pack_filter(call_.passes[i], plans_[i], begin, end);
+        });
     for_each_worker(context, [&](int64_t worker) {
       const int64_t offset = worker * worker_stride_;
       const Buffers buffers = {gathered_ + offset, filters_ + offset, sums_ + offset};
@@ -59,16 +62,17 @@ class IgemmNchw {
 
  private:
   struct Plan {
-    bool planes;
-    int64_t units, unit, max_units;  // of work: output rows (planes) or vectors of pixels
-    int64_t filters, chunks;         // filters a block, blocks of them
-    int64_t sums_ld, gathered_ld;
-    int64_t gathered_size;
-    bool filter_in_place, channel_major;
-    int64_t packed_ld;
+    bool planes = false;
+    int64_t units = 0, unit = 1,
+            max_units = 1;            // of work: output rows (planes) or vectors of pixels
+    int64_t filters = 1, chunks = 1;  // filters a block, blocks of them
+    int64_t sums_ld = 0, gathered_ld = 0;
+    int64_t gathered_size = 0;
+    bool filter_in_place = false, channel_major = false;
+    int64_t packed_ld = 0;
     Acc* packed = nullptr;
     PlaneAxis h, w;
-    int64_t channels;  // planes at once
+    int64_t channels = 1;  // planes at once
     std::vector<int64_t> table;
   };
   struct Buffers {
@@ -92,10 +96,12 @@ class IgemmNchw {
     plan.filters =
         filters_of_block(pass.columns, 1, kMaxFilters, plan.units * call_.p.G, call_.threads);
     plan.chunks = divide_up(pass.columns, plan.filters);
-    // Planes want a channel's taps side by side, im2col takes either order.
+    // Planes want a channel's taps side by side. im2col takes either order: the filter's own in
+    // fprop, so that it can be read in place or copied in long runs.
     const bool taps_last = call_.p.filter_layout == Layout::kNCHW || g.taps() == 1;
-    plan.filter_in_place = call_.fprop && sizeof(T) == sizeof(Acc) && (taps_last || !plan.planes);
-    plan.channel_major = plan.planes || (plan.filter_in_place && taps_last);
+    plan.channel_major = plan.planes || (call_.fprop && taps_last);
+    plan.filter_in_place =
+        call_.fprop && sizeof(T) == sizeof(Acc) && plan.channel_major == taps_last;
     plan.packed_ld = plan.filter_in_place ? g.depth() : padded_row<Acc>(g.depth());
     return plan;
   }
@@ -117,8 +123,8 @@ class IgemmNchw {
         static_cast<double>(plan.filters * g.taps()) / static_cast<double>(call_.ops.lanes);
     const double computed = static_cast<double>(round_up(columns, call_.ops.lanes)) / pixels_done;
     const double copied = static_cast<double>(plan.h.total() * plan.w.total()) / pixels_done;
-    if (fmas * computed + kCopyCycles * copied >
-        fmas + kCopyCycles * static_cast<double>(g.taps())) {
+    if (fmas * computed + copy_cycles(plan.w.length) * copied >
+        fmas + copy_cycles(g.w.count) * static_cast<double>(g.taps())) {
       return false;
     }
     plan.unit = 1;
@@ -146,7 +152,8 @@ class IgemmNchw {
             scratch.template take<Acc>(call_.p.G * call_.passes[i].columns * plan.packed_ld);
       }
       gathered = std::max(gathered, plan.gathered_size);
-      sums = std::max(sums, plan.filters * plan.sums_ld);
+      // store() reads whole vectors, from wherever a row of the output begins.
+      sums = std::max(sums, plan.filters * plan.sums_ld + call_.ops.lanes);
       if (is_aliased<Acc>(plan.packed_ld)) {
         filters = std::max(filters, plan.filters * padded_row<Acc>(kDepthBlock));
       }
@@ -167,29 +174,27 @@ class IgemmNchw {
   // Rows [group][filter], and along them [channel][tap] or [tap][channel]. A unit of work is a
   // block of reduction channels of all filters: whichever way the filter lies, whole cache lines
   // are read.
-  void pack_filter(const Pass& pass, const Plan& plan, const Context& context) const {
+  int64_t pack_units(const Pass& pass, const Plan& plan) const {
     const Gather& g = pass.gather;
-    if (plan.filter_in_place || g.depth() == 0) return;
+    if (plan.filter_in_place || g.depth() == 0) return 0;
+    return call_.p.G * divide_up(g.channels, pack_block(g.channels, call_.threads));
+  }
+  void pack_filter(const Pass& pass, const Plan& plan, int64_t begin, int64_t end) const {
+    const Gather& g = pass.gather;
     const int64_t tap_stride = plan.channel_major ? 1 : g.channels;
     const int64_t channel_stride = plan.channel_major ? g.taps() : 1;
-    const int64_t blocks = divide_up(g.channels, kPackChannels);
-    context.parallel_for(call_.p.G * blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t group = unit / blocks, first = unit % blocks * kPackChannels;
-        const int64_t* s = pass.filter_stride;
-        Permutation p = {
-            {pass.columns, g.h.taps, g.w.taps, std::min(kPackChannels, g.channels - first)},
-            {s[0], s[1], s[2], s[3]},
-            {plan.packed_ld, tap_stride * g.w.taps, tap_stride, channel_stride}};
-        if (s[1] == s[2] * g.w.taps) {  // taps that follow one another are one dimension
-          p.extent[2] *= p.extent[1];
-          p.extent[1] = 1;
-        }
-        call_.ops.permute(
-            p, call_.filter + pass.filter_offset + group * pass.group_stride + first * s[3],
-            plan.packed + group * pass.columns * plan.packed_ld + first * channel_stride);
-      }
-    });
+    const int64_t size = pack_block(g.channels, call_.threads);
+    const int64_t blocks = divide_up(g.channels, size);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t group = unit / blocks, first = unit % blocks * size;
+      const int64_t* s = pass.filter_stride;
+      call_.ops.permute(
+          {{pass.columns, g.h.taps, g.w.taps, std::min(size, g.channels - first)},
+           {s[0], s[1], s[2], s[3]},
+           {plan.packed_ld, tap_stride * g.w.taps, tap_stride, channel_stride}},
+          call_.filter + pass.filter_offset + group * pass.group_stride + first * s[3],
+          plan.packed + group * pass.columns * plan.packed_ld + first * channel_stride);
+    }
   }
 
   struct Block {
@@ -320,11 +325,9 @@ class IgemmNchw {
   void store_rows(const OutputGrid& grid, int64_t channel, int64_t image, int64_t row, int64_t rows,
                   const Acc* sums, int64_t ld) const {
     RowEpilogue<T> epilogue = call_.epilogue_of(channel, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t h = grid.first_h + (row + i) * grid.step_h;
-      const int64_t at = ((image * grid.C + channel) * grid.H + h) * grid.W + grid.first_w;
-      call_.store(epilogue, sums + i * ld, grid.count_w, at, grid.step_w);
-    }
+    const int64_t h = (image * grid.C + channel) * grid.H + grid.first_h + row * grid.step_h;
+    call_.store(epilogue, {rows, grid.count_w, ld, grid.step_h * grid.W, grid.step_w}, sums,
+                h * grid.W + grid.first_w);
   }
 
   // Pixels [m0, m1): a grid without gaps is one run an image, any other one run a row.
@@ -338,8 +341,8 @@ class IgemmNchw {
       const int64_t j = m % run, i = m / run % runs, n = m / run / runs;
       const int64_t length = std::min(run - j, m1 - m);
       const int64_t pixel = (grid.first_h + i * grid.step_h) * grid.W + grid.first_w + j * step;
-      call_.store(epilogue, sums + (m - m0), length,
-                  (n * grid.C + channel) * grid.H * grid.W + pixel, step);
+      call_.store(epilogue, {1, length, 0, 0, step}, sums + (m - m0),
+                  (n * grid.C + channel) * grid.H * grid.W + pixel);
       m += length;
     }
   }

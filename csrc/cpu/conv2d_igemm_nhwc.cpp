@@ -19,7 +19,6 @@ constexpr int64_t kMaxFilters = 512;   // 112 x 512 accumulators in float: 224 K
 constexpr int64_t kWindowBytes = 384 << 10;
 constexpr int64_t kChannelChunk = 64;    // of a window
 constexpr int64_t kMergedChannels = 32;  // up to here a window's pixels touch: see Plan::merged
-constexpr int64_t kPackChannels = 32;
 // A run of A is a row of pixels: tiles must not be left nearly empty by short rows.
 constexpr double kLeastFill = 0.6;
 
@@ -45,7 +44,11 @@ class IgemmNhwc {
     call_.bind(args);
     Scratch scratch(args.workspace);
     carve(scratch);
-    for (size_t i = 0; i < plans_.size(); ++i) pack_filter(call_.passes[i], plans_[i], context);
+    for_each_pass_unit(
+        context, plans_.size(), [&](size_t i) { return pack_units(call_.passes[i], plans_[i]); },
+        [&](size_t i, int64_t begin, int64_t end) {
+          pack_filter(call_.passes[i], plans_[i], begin, end);
+        });
     for_each_worker(context, [&](int64_t worker) {
       const int64_t offset = worker * worker_stride_;
       for (const Plan& plan : plans_) run_share(plan, worker, gathered_ + offset, sums_ + offset);
@@ -56,20 +59,20 @@ class IgemmNhwc {
   struct Plan {
     Gather gather;  // of a group
     OutputGrid out;
-    int64_t groups, columns;
-    int64_t merge;  // this many of the problem's groups are one, with zeros between them
-    Source source;
-    int64_t units, unit, max_units;  // of work: output rows (window) or tiles of pixels
-    int64_t filters, chunks;         // filters a block, blocks of them
-    int64_t packed_group;
+    int64_t groups = 1, columns = 0;
+    int64_t merge = 1;  // this many of the problem's groups are one, with zeros between them
+    Source source = Source::kIm2row;
+    int64_t units = 0, unit = 1, max_units = 1;  // of work: output rows (window) or tiles of pixels
+    int64_t filters = 1, chunks = 1;             // filters a block, blocks of them
+    int64_t packed_group = 0;
     Acc* packed = nullptr;
     // The reduction is ordered (channel chunk, tap, channel).
-    int64_t channel_chunk;
-    // Window: taps are runs of `run_of_tap` taps; a pixel takes `pitch` elements and a row row_ld.
-    bool merged;  // all taps of a filter row lie side by side: one run of S * C
-    int64_t window_w, pitch, row_ld;
+    int64_t channel_chunk = 1;
+    // Window: a pixel takes `pitch` elements and a row row_ld; a run of A begins at each offset.
+    bool merged = false;  // the taps of a filter row lie side by side: one run of S * C
+    int64_t window_w = 0, pitch = 0, row_ld = 0;
     std::vector<int64_t> offsets;
-    int64_t gathered_size;
+    int64_t gathered_size = 0;
   };
 
   // Groups with fewer filters than a vector has lanes share one: their filters become one block-
@@ -91,7 +94,6 @@ class IgemmNhwc {
     plan.gather = pass.gather;
     plan.gather.channels *= plan.merge;
     const Gather& g = plan.gather;
-    plan.source = Source::kIm2row;
     plan.channel_chunk = std::max<int64_t>(1, g.channels);
     if (sizeof(T) == sizeof(Acc) && g.is_identity() && !is_aliased<Acc>(g.C)) {
       plan.source = Source::kInPlace;
@@ -179,33 +181,35 @@ class IgemmNhwc {
 
   // Panels [group][panel][channel chunk][tap][channel][tile_n]. A unit of work is a block of
   // reduction channels of all panels: whichever way the filter lies, whole cache lines are read.
-  void pack_filter(const Pass& pass, const Plan& plan, const Context& context) const {
-    const int64_t width = call_.ops.tile_n, depth = plan.gather.depth();
+  int64_t pack_units(const Pass& pass, const Plan& plan) const {
+    if (plan.gather.depth() == 0) return 0;
     const int64_t channels = pass.gather.channels;  // of an unmerged group
-    if (depth == 0) return;
+    return call_.p.G * divide_up(channels, pack_block(channels, call_.threads));
+  }
+  void pack_filter(const Pass& pass, const Plan& plan, int64_t begin, int64_t end) const {
+    const int64_t width = call_.ops.tile_n, depth = plan.gather.depth();
+    const int64_t channels = pass.gather.channels;
     const int64_t full = plan.columns / width * width;
-    const int64_t blocks = divide_up(channels, kPackChannels);
-    context.parallel_for(call_.p.G * blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t group = unit / blocks, block = unit % blocks * kPackChannels;
-        const int64_t last = std::min(block + kPackChannels, channels);
-        const T* from = call_.filter + pass.filter_offset + group * pass.group_stride;
-        Acc* to = plan.packed + group / plan.merge * plan.packed_group;
-        if (full < plan.columns) zero_panel(pass, plan, group, block, last, to + full * depth);
-        for (int64_t c = block; c < last;) {
-          const int64_t chunk = c / plan.channel_chunk * plan.channel_chunk;
-          const int64_t next = std::min(chunk + plan.channel_chunk, last);
-          pack_channels(pass, plan, c, next, 0, full / width, width, from, to);
-          if (full < plan.columns) {
-            // A merged group is one panel and one chunk; this group's part of it is a square on the
-            // diagonal.
-            const int64_t part = group % plan.merge * (channels * width + pass.columns);
-            pack_channels(pass, plan, c, next, full, 1, pass.columns - full, from, to + part);
-          }
-          c = next;
+    const int64_t size = pack_block(channels, call_.threads), blocks = divide_up(channels, size);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t group = unit / blocks, block = unit % blocks * size;
+      const int64_t last = std::min(block + size, channels);
+      const T* from = call_.filter + pass.filter_offset + group * pass.group_stride;
+      Acc* to = plan.packed + group / plan.merge * plan.packed_group;
+      if (full < plan.columns) zero_panel(pass, plan, group, block, last, to + full * depth);
+      for (int64_t c = block; c < last;) {
+        const int64_t chunk = c / plan.channel_chunk * plan.channel_chunk;
+        const int64_t next = std::min(chunk + plan.channel_chunk, last);
+        pack_channels(pass, plan, c, next, 0, full / width, width, from, to);
+        if (full < plan.columns) {
+          // A merged group is one panel and one chunk; this group's part of it is a square on the
+          // diagonal.
+          const int64_t part = group % plan.merge * (channels * width + pass.columns);
+          pack_channels(pass, plan, c, next, full, 1, pass.columns - full, from, to + part);
         }
+        c = next;
       }
-    });
+    }
   }
 
   // Reduction channels [c0, c1) of one chunk, `panels` panels of `lanes` filters from `first` on.
@@ -363,18 +367,25 @@ class IgemmNhwc {
     }
   }
 
+  // Pixels that follow one another at an even distance are stored at once: all of them where the
+  // grid has no gaps, a row of the grid otherwise.
   void store_block(const Plan& plan, const Block& b, const Acc* sums) const {
     const OutputGrid& out = plan.out;
     const int64_t channel = b.group * plan.columns + b.n0;
+    const int64_t sums_ld = padded_row<Acc>(plan.filters);
     RowEpilogue<T> epilogue = call_.epilogue_of(channel, true);
-    for (int64_t m = b.m0; m < b.m1; ++m, sums += padded_row<Acc>(plan.filters)) {
+    for (int64_t m = b.m0; m < b.m1;) {
+      RowBox box = {b.m1 - m, b.n1 - b.n0, sums_ld, out.C, 1};
       int64_t pixel = m;
       if (!out.is_whole()) {
         const int64_t j = m % out.count_w, i = m / out.count_w % out.count_h;
-        pixel = (m / out.count_w / out.count_h * out.H + out.first_h + i * out.step_h) * out.W +
-                out.first_w + j * out.step_w;
+        const int64_t row = m / out.count_w / out.count_h * out.H + out.first_h + i * out.step_h;
+        pixel = row * out.W + out.first_w + j * out.step_w;
+        box.rows = std::min(box.rows, out.count_w - j);
+        box.out_ld = out.step_w * out.C;
       }
-      call_.store(epilogue, sums, b.n1 - b.n0, pixel * out.C + channel, 1);
+      call_.store(epilogue, box, sums + (m - b.m0) * sums_ld, pixel * out.C + channel);
+      m += box.rows;
     }
   }
 

@@ -80,6 +80,12 @@ struct RowEpilogue {
   }
 };
 
+// acc[row * acc_ld + i] belongs to out[row * out_ld + i * step]. A step other than 1 is dgrad's, of
+// one class of columns in NCHW.
+struct RowBox {
+  int64_t rows, columns, acc_ld, out_ld, step;
+};
+
 // One output row of a depthwise convolution in NHWC: pixel j reads source pixels
 // j * step + first + t * hop of each of `rows` source rows.
 template <class T>
@@ -127,8 +133,8 @@ struct Conv2dOps {
                  Acc* dst, int64_t ld);
   void (*permute)(const Permutation&, const T* src, Acc* dst);
   void (*permute_back)(const Permutation&, const Acc* src, T* dst);
-  // out[i * step] = epilogue(acc[i]), i < n. Reads whole vectors of acc.
-  void (*store)(const RowEpilogue<T>&, const Acc* acc, int64_t n, T* out, int64_t step);
+  // out = epilogue(acc). Reads whole vectors of acc.
+  void (*store)(const RowEpilogue<T>&, const RowBox&, const Acc* acc, T* out);
   // sum[i] += src[i] (i < n) in float64, over `rows` rows `ld` apart.
   void (*add_rows)(const T* src, int64_t rows, int64_t ld, int64_t n, double* sum);
   // The sum of n consecutive elements.

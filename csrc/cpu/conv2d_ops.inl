@@ -23,7 +23,7 @@ inline const Conv2dOps<T>& ops() {
                                      im2col<T>,
                                      permute<Acc, T, Acc>,
                                      permute<Acc, Acc, T>,
-                                     store_row<T>,
+                                     store_rows<T>,
                                      add_rows<T>,
                                      sum_run<T>,
                                      depthwise_row<T>,

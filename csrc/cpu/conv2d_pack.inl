@@ -135,16 +135,23 @@ void im2col(const Gather& g, const T* src, int64_t m0, int64_t m1, int64_t k0, i
   }
 }
 
-// dst[x * dst_ld + y] = src[y * src_ld + x] for x < columns, y < rows, in squares of kLanes. A
-// vector may be read past its columns as long as it ends before `last`, the box's last element.
+// Columns of a matrix that is transposed: they follow one another in the source, and in the
+// destination column x lies at x % inner * inner_stride + x / inner * outer_stride.
+struct Columns {
+  int64_t count, inner, inner_stride, outer_stride;
+};
+
+// dst[column(x) + y] = src[y * src_ld + x] for y < rows, in squares of kLanes. A vector may be read
+// past its columns as long as it ends before `last`, the box's last element.
 template <class Acc, class Src, class Dst>
-void transpose_matrix(const Src* src, int64_t src_ld, Dst* dst, int64_t dst_ld, int64_t rows,
-                      int64_t columns, const Src* last) {
+void transpose_matrix(const Src* src, int64_t src_ld, Dst* dst, const Columns& columns,
+                      int64_t rows, const Src* last) {
   constexpr int L = kLanes<Acc>;
   for (int64_t y = 0; y < rows; y += L) {
     const int64_t height = rows - y < L ? rows - y : L;
-    for (int64_t x = 0; x < columns; x += L) {
-      const int64_t width = columns - x < L ? columns - x : L;
+    int64_t inner = 0, at = y;  // of column x
+    for (int64_t x = 0; x < columns.count; x += L) {
+      const int64_t width = columns.count - x < L ? columns.count - x : L;
       Vec<Acc> square[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
@@ -159,11 +166,15 @@ void transpose_matrix(const Src* src, int64_t src_ld, Dst* dst, int64_t dst_ld, 
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
         if (i >= width) break;
-        Dst* p = dst + (x + i) * dst_ld + y;
         if (height == L) {
-          store(p, square[i]);
+          store(dst + at, square[i]);
         } else {
-          store_part<Acc>(p, square[i], height);
+          store_part<Acc>(dst + at, square[i], height);
+        }
+        at += columns.inner_stride;
+        if (++inner == columns.inner) {
+          inner = 0;
+          at += columns.outer_stride - columns.inner * columns.inner_stride;
         }
       }
     }
@@ -179,54 +190,89 @@ inline int nearest_dimension(const int64_t* extent, const int64_t* stride) {
   return best;
 }
 
+// Joins dimensions that follow one another in the source and in the destination.
+inline void join_dimensions(Permutation& p) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      if (i == j || p.extent[i] == 1 || p.extent[j] == 1) continue;
+      if (p.src_stride[i] == p.extent[j] * p.src_stride[j] &&
+          p.dst_stride[i] == p.extent[j] * p.dst_stride[j]) {
+        p.extent[j] *= p.extent[i];
+        p.extent[i] = 1;
+        i = -1;  // the joined dimension may have a neighbour in turn
+        break;
+      }
+    }
+  }
+}
+
+// How a permutation is carried out: a runs along the source and b along the destination, a2 carries
+// on where a ends in the source; the others are loops, the nearest in the source innermost.
+struct PermutationOrder {
+  int a, b, a2 = -1;
+  int loops[4], count = 0;
+  explicit PermutationOrder(const Permutation& p)
+      : a(nearest_dimension(p.extent, p.src_stride)), b(nearest_dimension(p.extent, p.dst_stride)) {
+    if (a < 0) a = b = 0;
+    for (int i = 0; i < 4; ++i) {
+      if (i == a || i == b || p.extent[i] == 1) continue;
+      if (a != b && p.src_stride[i] == p.extent[a] * p.src_stride[a]) {
+        a2 = i;
+        continue;
+      }
+      int at = count++;
+      for (; at > 0 && p.src_stride[loops[at - 1]] < p.src_stride[i]; --at) {
+        loops[at] = loops[at - 1];
+      }
+      loops[at] = i;
+    }
+  }
+};
+
 template <class Acc, class Src, class Dst>
-void permute(const Permutation& p, const Src* src, Dst* dst) {
-  int64_t last = 0;
+void permute_plane(const Permutation& p, const PermutationOrder& order, const Src* src, Dst* dst,
+                   const Src* last) {
+  const int a = order.a, b = order.b, a2 = order.a2;
+  const int64_t from_a = p.src_stride[a], to_a = p.dst_stride[a];
+  if (a == b && from_a == 1 && to_a == 1) return copy(dst, src, p.extent[a]);
+  const Columns columns = {p.extent[a] * (a2 < 0 ? 1 : p.extent[a2]), p.extent[a], to_a,
+                           a2 < 0 ? 0 : p.dst_stride[a2]};
+  const int64_t rows = a == b ? 1 : p.extent[b], from_b = a == b ? 0 : p.src_stride[b];
+  if (a != b && from_a == 1 && p.dst_stride[b] == 1) {
+    return transpose_matrix<Acc>(src, from_b, dst, columns, rows, last);
+  }
+  for (int64_t y = 0; y < rows; ++y) {
+    for (int64_t x = 0; x < columns.count; ++x) {
+      const int64_t to = x % columns.inner * to_a + x / columns.inner * columns.outer_stride;
+      dst[y * p.dst_stride[b] + to] = Dst(static_cast<Acc>(src[y * from_b + x * from_a]));
+    }
+  }
+}
+
+template <class Acc, class Src, class Dst>
+void permute(const Permutation& permutation, const Src* src, Dst* dst) {
+  Permutation p = permutation;
+  join_dimensions(p);
+  const Src* last = src;
   for (int i = 0; i < 4; ++i) {
     if (p.extent[i] == 0) return;
     last += (p.extent[i] - 1) * p.src_stride[i];
   }
-  // a runs along the source, b along the destination; the others are loops around them, the nearest
-  // in the source innermost.
-  int a = nearest_dimension(p.extent, p.src_stride);
-  int b = nearest_dimension(p.extent, p.dst_stride);
-  if (a < 0) a = b = 0;
-  int outer[3] = {}, count = 0;
-  for (int i = 0; i < 4; ++i) {
-    if (i == a || i == b) continue;
-    int at = count++;
-    for (; at > 0 && p.src_stride[outer[at - 1]] < p.src_stride[i]; --at) outer[at] = outer[at - 1];
-    outer[at] = i;
-  }
-  const int c = outer[0], d = outer[1];
-  const int e = count == 3 ? outer[2] : -1;
-  const bool squares = a != b && p.src_stride[a] == 1 && p.dst_stride[b] == 1;
-  const bool runs = a == b && p.src_stride[a] == 1 && p.dst_stride[a] == 1;
-  for (int64_t x = 0; x < p.extent[c]; ++x) {
-    for (int64_t y = 0; y < p.extent[d]; ++y) {
-      for (int64_t z = 0; z < (e < 0 ? 1 : p.extent[e]); ++z) {
-        const Src* from = src + x * p.src_stride[c] + y * p.src_stride[d];
-        Dst* to = dst + x * p.dst_stride[c] + y * p.dst_stride[d];
-        if (e >= 0) {
-          from += z * p.src_stride[e];
-          to += z * p.dst_stride[e];
-        }
-        if (squares) {
-          transpose_matrix<Acc>(from, p.src_stride[b], to, p.dst_stride[a], p.extent[b],
-                                p.extent[a], src + last);
-        } else if (runs) {
-          copy(to, from, p.extent[a]);
-        } else {
-          const int64_t rows = a == b ? 1 : p.extent[b];
-          for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t j = 0; j < p.extent[a]; ++j) {
-              to[i * p.dst_stride[b] * (a != b) + j * p.dst_stride[a]] =
-                  Dst(static_cast<Acc>(from[i * p.src_stride[b] * (a != b) + j * p.src_stride[a]]));
-            }
-          }
-        }
-      }
+  const PermutationOrder order(p);
+  int64_t index[4] = {};
+  for (;;) {
+    permute_plane<Acc>(p, order, src, dst, last);
+    int loop = order.count - 1;
+    for (; loop >= 0; --loop) {
+      const int i = order.loops[loop];
+      src += p.src_stride[i];
+      dst += p.dst_stride[i];
+      if (++index[i] < p.extent[i]) break;
+      src -= p.extent[i] * p.src_stride[i];
+      dst -= p.extent[i] * p.dst_stride[i];
+      index[i] = 0;
     }
+    if (loop < 0) return;
   }
 }
 

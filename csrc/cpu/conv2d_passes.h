@@ -6,6 +6,7 @@
 // own, and the columns likewise: stride_h * stride_w passes, in which no zero is multiplied.
 #pragma once
 
+#include <numeric>
 #include <vector>
 
 #include "cpu/conv2d_ops.h"
@@ -15,21 +16,21 @@ namespace fastconv {
 
 // Grid point (i, j) is output pixel (first_h + i * step_h, first_w + j * step_w).
 struct OutputGrid {
-  int64_t C, H, W;  // of the whole output tensor
+  int64_t C = 1, H = 1, W = 1;  // of the whole output tensor
   int64_t first_h = 0, step_h = 1, first_w = 0, step_w = 1;
-  int64_t count_h, count_w;
+  int64_t count_h = 1, count_w = 1;
   bool is_whole() const { return count_h == H && count_w == W; }
 };
 
 struct Pass {
   Gather gather;  // of group 0
   OutputGrid out;
-  int64_t columns;  // output channels of one group
+  int64_t columns = 1;  // output channels of one group
   // Filter element (output channel n, tap_h, tap_w, reduction channel c) of group g lies at
   // offset + g * group_stride + n * stride[0] + tap_h * stride[1] + tap_w * stride[2] + c *
   // stride[3]
-  int64_t filter_offset, group_stride;
-  int64_t filter_stride[4];
+  int64_t filter_offset = 0, group_stride = 0;
+  int64_t filter_stride[4] = {};
 };
 
 // A 1x1 convolution does not see rows: its pixels are one long row.
@@ -67,10 +68,10 @@ struct DgradAxis {
 inline DgradAxis dgrad_axis(int64_t first, int64_t H, int64_t P, int64_t R, int64_t stride,
                             int64_t pad, int64_t dil) {
   DgradAxis axis;
-  axis.tap_hop = 1;
-  while (axis.tap_hop * dil % stride != 0) ++axis.tap_hop;
-  axis.tap = 0;
-  while (axis.tap < axis.tap_hop && (first + pad - axis.tap * dil) % stride != 0) ++axis.tap;
+  axis.tap_hop = stride / std::gcd(stride, dil);  // taps of a class are this far apart
+  while (axis.tap < axis.tap_hop && axis.tap < R && (first + pad - axis.tap * dil) % stride != 0) {
+    ++axis.tap;
+  }
   const bool any = axis.tap < axis.tap_hop && axis.tap < R;
   axis.gather.size = P;
   axis.gather.count = first < H ? (H - first - 1) / stride + 1 : 0;

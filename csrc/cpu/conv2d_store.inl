@@ -72,6 +72,7 @@ FASTCONV_INLINE void finish(const RowEpilogue<T>& e, Vec<accumulator_t<T>> z, in
                             int64_t width, T* out, int64_t step) {
   using Acc = accumulator_t<T>;
   constexpr int L = kLanes<Acc>;
+  if (e.is_plain() && width == L && step == 1) return store(out + i, z);
   if (e.scale != nullptr) {
     z = e.per_column ? z * load_some<Acc>(e.scale + i, width, 1) : z * e.scale[0];
   }
@@ -91,13 +92,26 @@ FASTCONV_INLINE void finish(const RowEpilogue<T>& e, Vec<accumulator_t<T>> z, in
   }
 }
 
-// `acc` may be read up to a whole vector beyond n.
+// `acc` may be read up to a whole vector beyond the last column. A row's tail is a last whole
+// vector that overlaps the one before it, unless there is a residual: it may be the output itself,
+// and must then be added once.
 template <class T>
-void store_row(const RowEpilogue<T>& e, const accumulator_t<T>* acc, int64_t n, T* out,
-               int64_t step) {
+void store_rows(const RowEpilogue<T>& epilogue, const RowBox& box, const accumulator_t<T>* acc,
+                T* out) {
   constexpr int L = kLanes<accumulator_t<T>>;
-  for (int64_t i = 0; i < n; i += L) {
-    finish(e, load(acc + i), i, n - i < L ? n - i : L, out, step);
+  RowEpilogue<T> e = epilogue;
+  const bool overlap = box.step == 1 && box.columns >= L && e.residual == nullptr;
+  for (int64_t row = 0; row < box.rows; ++row, acc += box.acc_ld, out += box.out_ld) {
+    if (epilogue.residual != nullptr) e.residual = epilogue.residual + row * box.out_ld;
+    int64_t i = 0;
+    for (; i + L <= box.columns; i += L) finish(e, load(acc + i), i, L, out, box.step);
+    if (i == box.columns) continue;
+    if (overlap) {
+      i = box.columns - L;
+      finish(e, load(acc + i), i, L, out, 1);
+    } else {
+      finish(e, load(acc + i), i, box.columns - i, out, box.step);
+    }
   }
 }
 

@@ -35,14 +35,16 @@ class Wgrad {
         ops_(conv2d_ops<T>(isa)),
         threads_(threads),
         nhwc_(p_.layout == Layout::kNHWC),
-        gather_(fprop_pass(p_).gather),
-        filters_(p_.K / p_.G),
+        merge_(nhwc_ ? groups_to_merge(p_.C / p_.G) : 1),
+        groups_(p_.G / merge_),
+        gather_(merged(fprop_pass(p_).gather, merge_)),
+        filters_(p_.K / groups_),
         depth_(gather_.depth()),
         pixels_(gather_.pixels()) {
     gather_.channel_major = !nhwc_ && p_.filter_layout == Layout::kNCHW;
     filter_chunks_ = divide_up(filters_, kFilterBlock);
     patch_chunks_ = divide_up(depth_, kPatchBlock);
-    const int64_t tiles = p_.G * filter_chunks_ * patch_chunks_;
+    const int64_t tiles = groups_ * filter_chunks_ * patch_chunks_;
     parts_ = std::max<int64_t>(1, std::min(divide_up(kWantedUnits, std::max<int64_t>(1, tiles)),
                                            pixels_ / kPixelsPerPart));
     rows_ = nhwc_ ? filters_ : depth_;
@@ -61,7 +63,7 @@ class Wgrad {
     input_ = static_cast<const T*>(args.input);
     grad_ = static_cast<const T*>(args.grad);
     for_each_worker(context, [&](int64_t worker) {
-      const int64_t units = p_.G * filter_chunks_ * patch_chunks_ * parts_;
+      const int64_t units = groups_ * filter_chunks_ * patch_chunks_ * parts_;
       const Share share = share_of(units, worker, threads_);
       const int64_t offset = worker * worker_stride_;
       for (int64_t unit = share.begin; unit < share.end; ++unit) {
@@ -70,7 +72,7 @@ class Wgrad {
     });
     auto* out = static_cast<T*>(args.out);
     const int64_t blocks = divide_up(rows_, kReduceRows);
-    context.parallel_for(p_.G * blocks, [&](int64_t begin, int64_t end) {
+    context.parallel_for(groups_ * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t first = unit % blocks * kReduceRows;
         finish_rows(unit / blocks, first, std::min(first + kReduceRows, rows_), out);
@@ -79,8 +81,22 @@ class Wgrad {
   }
 
  private:
+  // Groups with fewer channels than a vector has lanes are computed together in NHWC, and only the
+  // blocks on the diagonal are kept: it is gathering short runs that would cost, not multiplying.
+  int64_t groups_to_merge(int64_t channels) const {
+    int64_t merge = 1;
+    for (int64_t m = 2; m <= p_.G && m * channels <= ops_.lanes; ++m) {
+      if (p_.G % m == 0) merge = m;
+    }
+    return merge;
+  }
+  static Gather merged(Gather g, int64_t merge) {
+    g.channels *= merge;
+    return g;
+  }
+
   void carve(Scratch& scratch) {
-    sums_ = scratch.template take<Acc>(parts_ * p_.G * rows_ * ld_);
+    sums_ = scratch.template take<Acc>(parts_ * groups_ * rows_ * ld_);
     const int64_t patch = std::min(depth_, kPatchBlock), filters = std::min(filters_, kFilterBlock);
     const auto matrix = [](int64_t rows, int64_t columns) {
       return rows * padded_row<Acc>(columns);
@@ -99,7 +115,7 @@ class Wgrad {
   }
 
   Acc* sums_at(int64_t part, int64_t group, int64_t row) const {
-    return sums_ + ((part * p_.G + group) * rows_ + row) * ld_;
+    return sums_ + ((part * groups_ + group) * rows_ + row) * ld_;
   }
 
   // One tile of D, summed over one part of the pixels.
@@ -167,15 +183,21 @@ class Wgrad {
     }
     const Strides4 f = filter_strides(p_);
     out += group * filters_ * f.n;
-    if (nhwc_) {
-      const int64_t taps = p_.R * p_.S, channels = gather_.channels;
-      const int64_t tap_stride = p_.filter_layout == Layout::kNCHW ? 1 : channels;
-      ops_.permute_back(
-          {{r1 - r0, taps, channels, 1}, {ld_, channels, 1, 0}, {f.n, tap_stride, f.c, 0}}, total,
-          out + r0 * f.n);
-    } else {  // rows of D are numbered as a filter's elements are
+    if (!nhwc_) {  // rows of D are numbered as a filter's elements are
       ops_.permute_back({{r1 - r0, filters_, 1, 1}, {ld_, 1, 0, 0}, {1, f.n, 0, 0}}, total,
                         out + r0);
+      return;
+    }
+    const int64_t taps = p_.R * p_.S, channels = gather_.channels / merge_;
+    const int64_t tap_stride = p_.filter_layout == Layout::kNCHW ? 1 : channels;
+    for (int64_t row = r0; row < r1;) {  // rows of one of the merged groups at a time
+      const int64_t filters = filters_ / merge_, part = row / filters;
+      const int64_t next = std::min(r1, (part + 1) * filters);
+      ops_.permute_back({{next - row, taps, channels, 1},
+                         {ld_, gather_.channels, 1, 0},
+                         {f.n, tap_stride, f.c, 0}},
+                        total + (row - r0) * ld_ + part * channels, out + row * f.n);
+      row = next;
     }
   }
 
@@ -183,6 +205,7 @@ class Wgrad {
   const Conv2dOps<T>& ops_;
   const int64_t threads_;
   const bool nhwc_;
+  const int64_t merge_, groups_;
   Gather gather_;
   const int64_t filters_, depth_, pixels_;  // of one group
   int64_t filter_chunks_, patch_chunks_, parts_;

@@ -242,7 +242,7 @@ void max_fprop_nhwc(const Pool2dProblem& t, const Pool2dArgs& a, int64_t begin, 
 void max_pool2d_fprop(const Pool2dProblem& t, const Pool2dArgs& a, const Context& context) {
   dispatch_dtype(t.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool nchw = t.layout == Layout::kNCHW, keeps = t.index != PoolIndex::kNone;
+    const bool nchw = t.layout == Layout::kNCHW || t.C == 1, keeps = t.index != PoolIndex::kNone;
     const int64_t units = t.N * t.P * (nchw ? t.C : t.Q);
     if (t.C == 0 || t.Q == 0 || units == 0) return;
     for_ranges(context, units, t.bytes(), [&](int64_t begin, int64_t end) {

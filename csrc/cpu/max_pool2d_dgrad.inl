@@ -18,15 +18,17 @@ struct Scatter {
   int64_t rows_per_p;          // 1, or Q
   int64_t row_length;          // Q, or channels
   int64_t along;               // what one step along the row moves in the input: stride_w, or 1
+  int64_t flat_along;          // the same beyond what a flat position says: 0, or 1
   int64_t across;              // what one input column moves: 1, or the distance between pixels
   int64_t input_size;          // bound of a position: H * W * across
   std::vector<int64_t> delta;  // of offset r * S + s, from the window's first tap
 
   Scatter(const Pool2dProblem& t, int64_t channels, int64_t pixel_distance) {
-    const bool nchw = t.layout == Layout::kNCHW;
+    const bool nchw = t.layout == Layout::kNCHW || t.C == 1;
     rows_per_p = nchw ? 1 : t.Q;
     row_length = nchw ? t.Q : channels;
     along = nchw ? t.stride_w : 1;
+    flat_along = nchw ? 0 : 1;
     across = nchw ? 1 : pixel_distance;
     input_size = t.H * t.W * across;
     if (t.index == PoolIndex::kFlatIndex64) return;
@@ -55,7 +57,7 @@ void scatter_image(const Pool2dProblem& t, const Scatter& k, const T* grad, cons
     for (int64_t i = 0; i < k.row_length; ++i) {
       int64_t position;
       if constexpr (kFlat) {
-        position = at[i] * k.across + (t.layout == Layout::kNHWC ? i : 0);
+        position = at[i] * k.across + i * k.flat_along;
       } else {
         // Kept positions are always inside; one that the caller made up must not write outside.
         if (static_cast<uint64_t>(at[i]) >= deltas) continue;
@@ -93,20 +95,24 @@ void max_scatter_nchw(const Pool2dProblem& t, const Pool2dArgs& a, int64_t begin
   }
 }
 
-// Channels a thread scatters at once: whole cache lines of every type.
-constexpr int64_t kScatterChannels = 64;
+// Channels of an image that a thread scatters at once: whole cache lines of every type, fewer where
+// the image is large, so that their sums (a float an element) take 4 MiB at most.
+inline int64_t scatter_channels(const Pool2dProblem& t) {
+  const int64_t room = (int64_t{1} << 20) / (t.H * t.W) / 16 * 16;
+  return std::min(t.C, std::clamp<int64_t>(room, 16, 64));
+}
 
-// Groups [begin, end) of the N * ceil(C / kScatterChannels).
+// Groups [begin, end) of the N * ceil(C / scatter_channels).
 template <class T, class Index>
 void max_scatter_nhwc(const Pool2dProblem& t, const Pool2dArgs& a, int64_t begin, int64_t end) {
   using A = accumulator_t<T>;
   constexpr int64_t L = Lanes<A>::kCount;
-  const int64_t groups = ceil_div(t.C, kScatterChannels), HW = t.H * t.W;
-  std::vector<A> sum(static_cast<size_t>(HW * kScatterChannels + L));
+  const int64_t width = scatter_channels(t), groups = ceil_div(t.C, width), HW = t.H * t.W;
+  std::vector<A> sum(static_cast<size_t>(HW * width + L));
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t n = group / groups, c = group % groups * kScatterChannels;
-    const int64_t channels = std::min(kScatterChannels, t.C - c);
-    const Scatter k(t, channels, kScatterChannels);
+    const int64_t n = group / groups, c = group % groups * width;
+    const int64_t channels = std::min(width, t.C - c);
+    const Scatter k(t, channels, width);
     std::fill(sum.begin(), sum.end(), A(0));
     const int64_t from = n * t.P * t.Q * t.C + c;
     scatter_image(t, k, static_cast<const T*>(a.grad) + from,
@@ -114,7 +120,7 @@ void max_scatter_nhwc(const Pool2dProblem& t, const Pool2dArgs& a, int64_t begin
     T* out = static_cast<T*>(a.out) + n * HW * t.C + c;
     for (int64_t pixel = 0; pixel < HW; ++pixel) {
       for (int64_t i = 0; i < channels; i += L) {
-        store_upto(out + pixel * t.C + i, load(&sum[pixel * kScatterChannels + i]), channels - i);
+        store_upto(out + pixel * t.C + i, load(sum.data() + pixel * width + i), channels - i);
       }
     }
   }
@@ -208,14 +214,14 @@ void max_dgrad(const Pool2dProblem& t, const Pool2dArgs& a, const Context& conte
   // one scatter. Its vectors are of channels.
   const bool gathers =
       t.layout == Layout::kNHWC && t.C >= 8 && t.R * t.S <= 9 * t.stride_h * t.stride_w;
-  if (t.layout == Layout::kNCHW) {
+  if (t.layout == Layout::kNCHW || t.C == 1) {
     for_ranges(context, t.N * t.C, t.bytes(),
                [&](int64_t begin, int64_t end) { max_scatter_nchw<T, Index>(t, a, begin, end); });
   } else if (gathers) {
     for_ranges(context, t.N * t.H, t.bytes(),
                [&](int64_t begin, int64_t end) { max_gather_nhwc<T, Index>(t, a, begin, end); });
   } else {
-    for_ranges(context, t.N * ceil_div(t.C, kScatterChannels), t.bytes(),
+    for_ranges(context, t.N * ceil_div(t.C, scatter_channels(t)), t.bytes(),
                [&](int64_t begin, int64_t end) { max_scatter_nhwc<T, Index>(t, a, begin, end); });
   }
 }

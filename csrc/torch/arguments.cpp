@@ -73,23 +73,31 @@ void check_per_channel(const at::Tensor& input, const SymInt& channels,
                        const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& mean, const OptionalTensor& var) {
   const std::array<std::pair<const char*, const OptionalTensor*>, 4> arrays = {
-      {{"running_mean", &mean}, {"running_var", &var}, {"weight", &weight}, {"bias", &bias}}};
+      {{"weight", &weight}, {"bias", &bias}, {"running_mean", &mean}, {"running_var", &var}}};
+  const bool is_16_bit =
+      input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  std::optional<at::ScalarType> first;
   for (const auto& [name, array] : arrays) {
     if (!*array) continue;
     const at::Tensor& t = **array;
-    TORCH_CHECK(t.sym_numel() == channels && t.dim() == 1, "batch_norm: ", name,
-                " should contain ", channels, " elements, not ", t.sym_numel(), " (size ",
-                size_text(t.sym_sizes()), ")");
+    TORCH_CHECK(t.sym_numel() == channels, "batch_norm: ", name, " should contain ", channels,
+                " elements, not ", t.sym_numel(), " (size ", size_text(t.sym_sizes()), ")");
     TORCH_CHECK(t.device() == input.device(),
                 "batch_norm: expected all tensors to be on the same device, but input is on ",
                 input.device(), " and ", name, " is on ", t.device());
-    // As in torch: float32 parameters go with a 16-bit input, everything else must match.
-    const bool widened = t.scalar_type() == at::kFloat && (input.scalar_type() == at::kHalf ||
-                                                           input.scalar_type() == at::kBFloat16);
-    TORCH_CHECK(t.scalar_type() == input.scalar_type() || widened, "batch_norm: ", name,
-                " has type ", t.scalar_type(), ", which does not go with an input of type ",
-                input.scalar_type());
+    // As in torch: all have the input's type, or all are float32 beside a 16-bit input.
+    if (!first) first = t.scalar_type();
+    TORCH_CHECK(t.scalar_type() == *first, "batch_norm: ", name, " has type ", t.scalar_type(),
+                ", but expected scalar type ", *first, ", which the others have");
+    TORCH_CHECK(*first == input.scalar_type() || (is_16_bit && *first == at::kFloat),
+                "batch_norm: ", name, " has type ", t.scalar_type(),
+                ", which does not go with an input of type ", input.scalar_type());
   }
+}
+
+bool dtype_is_own(const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
 Pool2dSizes check_pool2d(const char* op, const at::Tensor& input, SymIntArrayRef kernel_size,
@@ -141,11 +149,9 @@ Pool2dSizes check_pool2d(const char* op, const at::Tensor& input, SymIntArrayRef
 }  // namespace
 
 bool is_own(const at::Tensor& t) {
-  const auto type = t.scalar_type();
-  const bool dtype =
-      type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+  if (!t.defined()) return false;
   const auto device = t.device().type();
-  return dtype && t.layout() == at::kStrided &&
+  return dtype_is_own(t) && t.layout() == at::kStrided &&
          (device == at::kCPU || device == at::kCUDA || device == at::kMeta);
 }
 
@@ -190,7 +196,8 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
     TORCH_CHECK(other->scalar_type() == input.scalar_type(), "conv2d: input type (",
                 input.scalar_type(), ") and ", what, " type (", other->scalar_type(),
                 ") should be the same");
-    TORCH_CHECK(other->device() == input.device(),
+    // As in torch, a meta tensor may stand beside a real one; the result is then a meta tensor.
+    TORCH_CHECK(other->device() == input.device() || other->is_meta() || input.is_meta(),
                 "conv2d: expected all tensors to be on the same device, but input is on ",
                 input.device(), " and ", what, " is on ", other->device());
   }
@@ -250,6 +257,8 @@ Pool2dSizes check_avg_pool2d(const at::Tensor& input, SymIntArrayRef kernel_size
                              std::optional<int64_t> divisor_override) {
   TORCH_CHECK(divisor_override.value_or(1) != 0, "avg_pool2d: divisor must be not zero, but got ",
               divisor_override.value_or(1));
+  TORCH_CHECK_INDEX(input.dim() >= 3, "avg_pool2d: Expected 3D or 4D tensor, but got ",
+                    size_text(input.sym_sizes()));
   const SymInt one = 1;
   return check_pool2d("avg_pool2d", input, kernel_size, stride, padding, SymIntArrayRef(one),
                       ceil_mode);
@@ -282,6 +291,8 @@ std::vector<SymInt> check_adaptive_avg_pool2d(const at::Tensor& input, SymIntArr
 void check_batch_norm(const at::Tensor& input, const OptionalTensor& weight,
                       const OptionalTensor& bias, const OptionalTensor& mean,
                       const OptionalTensor& var, bool training) {
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype_is_own(input), "\"batch_norm\" not implemented for '",
+                              input.scalar_type(), "'");
   TORCH_CHECK(input.dim() >= 2, "batch_norm: expected an input of at least 2 dimensions, but got ",
               size_text(input.sym_sizes()));
   check_per_channel(input, input.sym_sizes()[1], weight, bias, mean, var);

@@ -125,7 +125,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   TORCH_CHECK(grad.scalar_type() == input.scalar_type(),
               "batch_norm_backward: expected a gradient of type ", input.scalar_type(),
               ", but got ", grad.scalar_type());
-  check_batch_norm(input, weight, std::nullopt, mean, var, training);
+  check_batch_norm(input, weight, std::nullopt, std::nullopt, std::nullopt, /*training=*/true);
+  TORCH_CHECK(mean.numel() == input.size(1) && var.numel() == input.size(1),
+              "batch_norm_backward: mean and var should contain ", input.size(1),
+              " elements, not ", mean.numel(), " and ", var.numel());
   Dense dense(input);
   dense.problem.eps = eps;
   dense.problem.training = training;
@@ -156,6 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
     args.grad_bias = db.mutable_data_ptr();
     launch(*row, dense.problem, args, input);
   }
+  // In torch a weight of any shape will do, and its gradient has that shape.
+  if (weight) dw = dw.view(weight->sizes());
   return {dx, output_mask[1] ? dw.to(parameter_type) : Tensor(),
           output_mask[2] ? db.to(parameter_type) : Tensor()};
 }

@@ -15,9 +15,15 @@ namespace {
 
 int available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-Context cpu_context() {
+Context cpu_context(int threads) {
   Context context;
-  context.threads = available_threads();
+  context.threads = threads;
+  if (threads == 1) {
+    context.parallel_for = [](int64_t n, const Context::RangeBody& body) {
+      if (n > 0) body(0, n);
+    };
+    return context;
+  }
   context.parallel_for = [](int64_t n, const Context::RangeBody& body) {
     at::parallel_for(0, n, /*grain_size=*/1,
                      [&](int64_t begin, int64_t end) { body(begin, end); });
@@ -38,11 +44,11 @@ Device machine_of(const at::Tensor& t) {
   return device;
 }
 
-Context context_of(const at::Tensor& t) {
+Context context_of(const at::Tensor& t, const Device& machine) {
 #ifdef FASTCONV_WITH_CUDA
   if (t.is_cuda()) return cuda_context_of(t);
 #endif
-  return cpu_context();
+  return cpu_context(machine.threads);
 }
 
 }  // namespace fastconv

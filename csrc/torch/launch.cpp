@@ -26,7 +26,7 @@ void require_fallback_allowed(const std::string& what, const std::string& why, b
 }
 
 void require_fallback_allowed(const std::string& op, const at::Tensor& input) {
-  if (aten_is_forced()) return;
+  if (aten_is_forced() || !input.defined()) return;  // undefined: ATen says what is wrong
   std::string why = std::string("no kernel takes ") + c10::toString(input.scalar_type());
   if (input.layout() != at::kStrided) why += " in a tensor that is not strided";
   why += " on " + input.device().str();

@@ -13,10 +13,25 @@
 
 namespace fastconv {
 
-// The machine behind a tensor, and the threads or the stream that a launch on it uses (cpu.cpp,
+// The machine behind a tensor, and how a launch on it runs: its threads or its stream (cpu.cpp,
 // cuda.cpp).
 Device machine_of(const at::Tensor& t);
-Context context_of(const at::Tensor& t);
+Context context_of(const at::Tensor& t, const Device& machine);
+
+// Starting and joining a team of threads costs 5 to 20 us, more on a busy machine: work that one
+// thread is expected to finish within this many microseconds stays on it.
+constexpr double kWorthThreads = 30;
+
+template <class K>
+Device machine_for(const K& row, const typename K::Problem& problem, const at::Tensor& like) {
+  Device machine = machine_of(like);
+  if (machine.type == Device::Type::kCpu && machine.threads > 1) {
+    Device alone = machine;
+    alone.threads = 1;
+    if (row.cost(problem, alone) < kWorthThreads) return alone;
+  }
+  return machine;
+}
 
 // Raises where ATen may not stand in: a backend or this kernel is forced, or fallback is forbidden.
 // `why` says what no own kernel does here.
@@ -49,15 +64,16 @@ template <class K>
 void launch(const K& row, const typename K::Problem& problem, typename K::Args args,
             const at::Tensor& like) {
   c10::OptionalDeviceGuard guard(like.device());
+  const Device machine = machine_for(row, problem, like);
   at::Tensor workspace;
   if (row.workspace) {
-    const size_t bytes = row.workspace(problem, machine_of(like));
+    const size_t bytes = row.workspace(problem, machine);
     if (bytes > 0) {
       workspace = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
       args.workspace = workspace.mutable_data_ptr();
     }
   }
-  row.launch(problem, args, context_of(like));
+  row.launch(problem, args, context_of(like, machine));
 }
 
 }  // namespace fastconv

@@ -31,8 +31,8 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   }
   const Conv2dSizes sizes = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
   const bool channels_last = suggests_channels_last(weight) || suggests_channels_last(input);
-  return at::empty_symint(SymIntArrayRef(sizes.output.data(), 4), input.options(),
-                          memory_format(channels_last));
+  return at::empty_symint(SymIntArrayRef(sizes.output.data(), 4),
+                          input.options().device(at::kMeta), memory_format(channels_last));
 }
 
 Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -41,12 +41,18 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                    SymInt groups, std::string_view activation) {
   activation_of(activation);
+  check_conv2d_ranks(input, weight);
+  if (input.dim() == 3) {
+    return conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
+                       residual ? OptionalTensor(residual->unsqueeze(0)) : residual, 0, stride,
+                       padding, dilation, groups, activation)
+        .squeeze(0);
+  }
   const Tensor out = conv2d(input, weight, bias, stride, padding, dilation, groups);
-  if (!is_own(out)) return out;
-  check_batch_norm(out.dim() == 3 ? out.unsqueeze(0) : out, bn_weight, bn_bias, mean, var,
-                   /*training=*/false);
-  TORCH_CHECK(!residual || residual->sym_sizes() == out.sym_sizes(),
-              "conv_bn_relu: residual must have the output's size ", out.sym_sizes());
+  if (is_own(out)) {
+    check_folded(input, check_conv2d(input, weight, bias, stride, padding, dilation, groups), mean,
+                 var, bn_weight, bn_bias, residual);
+  }
   return out;
 }
 
@@ -160,11 +166,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor&, const Tens
                                                        const Tensor& mean, const Tensor&, bool,
                                                        double, std::array<bool, 3> output_mask) {
   const auto type = weight ? weight->scalar_type() : mean.scalar_type();
-  const auto parameter = [&] {
-    return at::empty_symint({input.sym_size(1)}, input.options().dtype(type));
-  };
+  const auto options = input.options().dtype(type);
+  const std::vector<SymInt> channels{input.sym_size(1)};
+  const SymIntArrayRef weight_size = weight ? weight->sym_sizes() : SymIntArrayRef(channels);
   return {output_mask[0] ? empty_normalised(input) : Tensor(),
-          output_mask[1] ? parameter() : Tensor(), output_mask[2] ? parameter() : Tensor()};
+          output_mask[1] ? at::empty_symint(weight_size, options) : Tensor(),
+          output_mask[2] ? at::empty_symint(channels, options) : Tensor()};
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 """Conv2d."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -12,6 +14,14 @@ class Conv2d(nn.Conv2d):
     Shapes: input (N, in_channels, H, W) or (in_channels, H, W); output (N, out_channels, P, Q) or
     (out_channels, P, Q). A channels_last input or weight gives a channels_last output.
     """
+
+    @functools.wraps(nn.Conv2d.__init__)
+    def __init__(self, *args, **kwargs):
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:
+            given = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
+            raise ValueError(f"{error}, but got Conv2d({', '.join(given)})") from None
 
     def _conv_forward(self, input, weight, bias):
         padding = self.padding
