@@ -84,7 +84,7 @@ def _one_int(op, name, value, whole, wanted="an int or a tuple of ints"):
 
 
 def _as_int(op, name, value):
-    return value if type(value) is int else _one_int(op, name, value, value, "an int")
+    return _one_int(op, name, value, value, "an int")
 
 
 def as_ints(op, name, value):

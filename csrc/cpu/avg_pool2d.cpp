@@ -93,6 +93,7 @@ void launch_reference(const Pool2dProblem& t, const Pool2dArgs& a, const Context
 // Tables by input column and windows as long as the padded plane are what the vector rows hold.
 std::string refuse_window(const Pool2dProblem& t, const Device&) {
   if (t.kind == PoolKind::kAdaptiveAverage) return {};
+  if (t.S > 65536) return "a window of " + std::to_string(t.S) + " columns is beyond 65536";
   if (t.S > t.W + 2 * t.pad_w || t.stride_w > t.W + 2 * t.pad_w) {
     return "the window's width or stride exceeds the padded row";
   }

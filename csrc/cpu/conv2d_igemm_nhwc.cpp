@@ -9,6 +9,9 @@
 //
 // The result of an element depends on how its reduction is cut into pieces, which depends on the
 // problem alone: any number of threads gives the same bits.
+#include <cmath>
+#include <limits>
+
 #include "cpu/conv2d_igemm.h"
 
 namespace fastconv {
@@ -279,6 +282,7 @@ class IgemmNhwc {
       if (plan.gather.depth() == 0) {
         std::fill_n(sums, (block.m1 - block.m0) * padded_row<Acc>(plan.filters), Acc(0));
       }
+      if (plan.merge > 1) repair_block(plan, block, sums);
       store_block(plan, block, sums);
       unit += count;
     }
@@ -365,6 +369,40 @@ class IgemmNhwc {
       call_.ops.im2row(copy, source, i * plan.window_w, (i + 1) * plan.window_w, 0, channels,
                        window + i * plan.row_ld, plan.pitch);
     }
+  }
+
+  // In merged groups an infinity or a NaN of one group meets the zeros of the others: 0 * inf is
+  // NaN. So sums that are not finite are computed again from their own group's channels.
+  void repair_block(const Plan& plan, const Block& b, Acc* sums) const {
+    const int64_t sums_ld = padded_row<Acc>(plan.filters);
+    for (int64_t m = b.m0; m < b.m1; ++m, sums += sums_ld) {
+      int suspect = 0;  // a branch a row, not one an element
+      for (int64_t n = 0; n < b.n1 - b.n0; ++n) {
+        suspect |= !(std::abs(sums[n]) <= std::numeric_limits<Acc>::max());
+      }
+      if (suspect == 0) continue;
+      for (int64_t n = 0; n < b.n1 - b.n0; ++n) {
+        if (!std::isfinite(sums[n])) sums[n] = sum_of_one(plan, b.group, m, b.n0 + n);
+      }
+    }
+  }
+  Acc sum_of_one(const Plan& plan, int64_t group, int64_t m, int64_t n) const {
+    const Gather& g = plan.gather;
+    const int64_t channels = g.channels / plan.merge, part = n / (plan.columns / plan.merge);
+    const int64_t j = m % g.w.count, i = m / g.w.count % g.h.count;
+    const T* image = call_.source + m / g.w.count / g.h.count * g.h.size * g.w.size * g.C;
+    const Acc* panel = plan.packed + group * plan.packed_group;  // a merged group has one
+    Acc sum = 0;
+    for (int64_t tap = 0; tap < g.taps(); ++tap) {
+      const int64_t h = i * g.h.step + g.h.first + tap / g.w.taps * g.h.hop;
+      const int64_t w = j * g.w.step + g.w.first + tap % g.w.taps * g.w.hop;
+      if (h < 0 || h >= g.h.size || w < 0 || w >= g.w.size) continue;
+      for (int64_t c = part * channels; c < (part + 1) * channels; ++c) {
+        sum += static_cast<Acc>(image[(h * g.w.size + w) * g.C + group * g.channels + c]) *
+               panel[(tap * g.channels + c) * call_.ops.tile_n + n];
+      }
+    }
+    return sum;
   }
 
   // Pixels that follow one another at an even distance are stored at once: all of them where the

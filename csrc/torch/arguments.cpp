@@ -108,6 +108,11 @@ Pool2dSizes check_pool2d(const char* op, const at::Tensor& input, SymIntArrayRef
   sizes.stride = stride.empty() ? sizes.window : expand_pair(stride, op, "stride");
   sizes.padding = expand_pair(padding, op, "padding");
   sizes.dilation = expand_pair(dilation, op, "dilation");
+  for (const SymPair& pair : {sizes.window, sizes.stride, sizes.padding, sizes.dilation}) {
+    // torch's pooling takes them as 32-bit numbers; areas of windows then fit 63 bits.
+    TORCH_CHECK(pair[0] <= INT32_MAX && pair[1] <= INT32_MAX, op,
+                ": value cannot be converted to type int without overflow: ", pair_text(pair));
+  }
   const auto positive = [](const SymPair& p) { return p[0] > 0 && p[1] > 0; };
   TORCH_CHECK(positive(sizes.window), op, ": kernel size should be greater than zero, but got ",
               pair_text(sizes.window));
@@ -196,8 +201,7 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
     TORCH_CHECK(other->scalar_type() == input.scalar_type(), "conv2d: input type (",
                 input.scalar_type(), ") and ", what, " type (", other->scalar_type(),
                 ") should be the same");
-    // As in torch, a meta tensor may stand beside a real one; the result is then a meta tensor.
-    TORCH_CHECK(other->device() == input.device() || other->is_meta() || input.is_meta(),
+    TORCH_CHECK(other->device() == input.device(),
                 "conv2d: expected all tensors to be on the same device, but input is on ",
                 input.device(), " and ", what, " is on ", other->device());
   }

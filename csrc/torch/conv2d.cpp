@@ -50,13 +50,6 @@ const Conv2dKernel* pick_conv2d(Direction direction, const Conv2dProblem& p, con
   return pick(kernel_table().conv2d, "conv2d", direction, p, like);
 }
 
-// Where torch's dispatcher sends a call to this file, every tensor must have data.
-void check_same_device(const Tensor& input, const Tensor& other) {
-  TORCH_CHECK(other.device() == input.device(),
-              "conv2d: expected all tensors to be on the same device, but found ", input.device(),
-              " and ", other.device());
-}
-
 Tensor empty_output(const Conv2dProblem& p, const Tensor& like, bool channels_last) {
   return at::empty({p.N, p.K, p.P(), p.Q()}, like.options(), memory_format(channels_last));
 }
@@ -73,8 +66,6 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
     return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0);
   }
   check_conv2d(input, weight, bias, stride, padding, dilation, groups);
-  check_same_device(input, weight);
-  if (bias) check_same_device(input, *bias);
   const bool filter_channels_last = suggests_channels_last(weight);
   const bool channels_last = filter_channels_last || suggests_channels_last(input);
   Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
@@ -124,7 +115,8 @@ void check_gradient_arguments(const char* op, SymIntArrayRef sizes, const Tensor
   TORCH_CHECK(sizes.size() == 4 && grad.dim() == 4 && other.dim() == 4, op,
               ": expected 4-dimensional tensors and a size of 4 values, but got ", grad.sizes(),
               ", ", other.sizes(), " and ", sizes);
-  check_same_device(grad, other);
+  TORCH_CHECK(grad.device() == other.device(), op, ": expected one device, but found ",
+              grad.device(), " and ", other.device());
   TORCH_CHECK(grad.scalar_type() == other.scalar_type(), op, ": expected one dtype, but got ",
               grad.scalar_type(), " and ", other.scalar_type());
   // Shapes alone: the forward's own checks on meta tensors.
@@ -252,8 +244,6 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
         .squeeze(0);
   }
   const Conv2dSizes sizes = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
-  check_same_device(input, weight);
-  if (bias) check_same_device(input, *bias);
   check_folded(input, sizes, mean, var, bn_weight, bn_bias, residual);
   const bool filter_channels_last = suggests_channels_last(weight);
   const bool channels_last = filter_channels_last || suggests_channels_last(input);

@@ -1,5 +1,6 @@
 """BatchNorm2d."""
 
+import torch
 from torch import nn
 
 from fastconv import functional
@@ -33,7 +34,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` on fastconv's kernels."""
 
     def forward(self, input):
-        self._check_input_dim(input)
+        if isinstance(input, torch.Tensor):  # torch.fx traces with proxies, which have no rank
+            self._check_input_dim(input)
         momentum = advance(self)
         return functional.batch_norm(
             input,
