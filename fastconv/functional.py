@@ -248,7 +248,7 @@ def _update_running(running, batch, momentum):
 
 def _update_statistics(input, running_mean, running_var, mean, var, momentum):
     """Running statistics as torch keeps them: the variance unbiased, n / (n - 1)."""
-    if running_mean is None and running_var is None:
+    if input.numel() == 0 or (running_mean is None and running_var is None):
         return
     count = input.numel() // input.size(1)
     _update_running(running_mean, mean, momentum)
@@ -301,6 +301,8 @@ def batch_norm(
         bias=bias,
     )
     _check_batch_norm(input, training, eps)
+    if input.dim() < 2:  # nothing to normalise: torch takes an empty vector, and refuses the rest
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError(

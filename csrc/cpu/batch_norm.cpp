@@ -49,12 +49,12 @@ struct ReferenceChannel {
     return static_cast<double>(A(static_cast<const T*>(values)[i]));
   }
   double mean() const {
-    double sum = 0;
+    Sum<T> sum = 0;
     for_each_element([&](int64_t i) { sum += at(a.input, i); });
     return sum / static_cast<double>(t.per_channel());
   }
   double variance(double mean) const {
-    double sum = 0;
+    Sum<T> sum = 0;
     for_each_element([&](int64_t i) {
       const double d = at(a.input, i) - mean;
       sum += d * d;
@@ -81,7 +81,7 @@ struct ReferenceChannel {
   void dgrad() const {
     const double m = parameter(a.mean_in, 0), var = parameter(a.var_in, 1);
     const double invstd = 1 / std::sqrt(var + t.eps), weight = parameter(a.weight, 1);
-    double sum = 0, dot = 0;  // of grad, and of grad * (input - mean)
+    Sum<T> sum = 0, dot = 0;  // of grad, and of grad * (input - mean)
     for_each_element([&](int64_t i) {
       sum += at(a.grad, i);
       dot += at(a.grad, i) * (at(a.input, i) - m);

@@ -38,7 +38,7 @@ void fprop(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
   context.parallel_for(p.N * p.K * P * Q, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Index4 o(i, p.K, P, Q);
-      double sum = 0;
+      Sum<T> sum = 0;
       for (int64_t r = 0; r < p.R; ++r) {
         const int64_t h = o.h * p.stride_h - p.pad_h + r * p.dil_h;
         if (h < 0 || h >= p.H) continue;
@@ -46,8 +46,8 @@ void fprop(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
           const int64_t w = o.w * p.stride_w - p.pad_w + s * p.dil_w;
           if (w < 0 || w >= p.W) continue;
           for (int64_t c = 0; c < Cg; ++c) {
-            sum += static_cast<double>(input[is.at(o.n, o.c / Kg * Cg + c, h, w)]) *
-                   static_cast<double>(filter[fs.at(o.c, c, r, s)]);
+            sum += static_cast<Sum<T>>(input[is.at(o.n, o.c / Kg * Cg + c, h, w)]) *
+                   static_cast<Sum<T>>(filter[fs.at(o.c, c, r, s)]);
           }
         }
       }
@@ -68,7 +68,7 @@ void dgrad(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
   context.parallel_for(p.input_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Index4 x(i, p.C, p.H, p.W);
-      double sum = 0;
+      Sum<T> sum = 0;
       for (int64_t r = 0; r < p.R; ++r) {
         const int64_t ph = x.h + p.pad_h - r * p.dil_h;
         if (ph < 0 || ph % p.stride_h != 0 || ph / p.stride_h >= P) continue;
@@ -76,8 +76,8 @@ void dgrad(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
           const int64_t qw = x.w + p.pad_w - s * p.dil_w;
           if (qw < 0 || qw % p.stride_w != 0 || qw / p.stride_w >= Q) continue;
           for (int64_t k = x.c / Cg * Kg; k < (x.c / Cg + 1) * Kg; ++k) {
-            sum += static_cast<double>(grad[os.at(x.n, k, ph / p.stride_h, qw / p.stride_w)]) *
-                   static_cast<double>(filter[fs.at(k, x.c % Cg, r, s)]);
+            sum += static_cast<Sum<T>>(grad[os.at(x.n, k, ph / p.stride_h, qw / p.stride_w)]) *
+                   static_cast<Sum<T>>(filter[fs.at(k, x.c % Cg, r, s)]);
           }
         }
       }
@@ -96,7 +96,7 @@ void wgrad(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
   context.parallel_for(p.filter_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Index4 f(i, Cg, p.R, p.S);
-      double sum = 0;
+      Sum<T> sum = 0;
       for (int64_t n = 0; n < p.N; ++n) {
         for (int64_t op = 0; op < P; ++op) {
           const int64_t h = op * p.stride_h - p.pad_h + f.h * p.dil_h;
@@ -104,8 +104,8 @@ void wgrad(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
           for (int64_t q = 0; q < Q; ++q) {
             const int64_t w = q * p.stride_w - p.pad_w + f.w * p.dil_w;
             if (w < 0 || w >= p.W) continue;
-            sum += static_cast<double>(grad[os.at(n, f.n, op, q)]) *
-                   static_cast<double>(input[is.at(n, f.n / Kg * Cg + f.c, h, w)]);
+            sum += static_cast<Sum<T>>(grad[os.at(n, f.n, op, q)]) *
+                   static_cast<Sum<T>>(input[is.at(n, f.n / Kg * Cg + f.c, h, w)]);
           }
         }
       }
@@ -122,10 +122,10 @@ void bgrad(const Conv2dProblem& p, const Conv2dArgs& args, const Context& contex
   const int64_t P = p.P(), Q = p.Q();
   context.parallel_for(p.K, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      double sum = 0;
+      Sum<T> sum = 0;
       for (int64_t n = 0; n < p.N; ++n) {
         for (int64_t op = 0; op < P; ++op) {
-          for (int64_t q = 0; q < Q; ++q) sum += static_cast<double>(grad[os.at(n, k, op, q)]);
+          for (int64_t q = 0; q < Q; ++q) sum += static_cast<Sum<T>>(grad[os.at(n, k, op, q)]);
         }
       }
       out[k] = round_to<T>(sum);

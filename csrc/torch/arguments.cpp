@@ -74,8 +74,7 @@ void check_per_channel(const at::Tensor& input, const SymInt& channels,
                        const OptionalTensor& mean, const OptionalTensor& var) {
   const std::array<std::pair<const char*, const OptionalTensor*>, 4> arrays = {
       {{"weight", &weight}, {"bias", &bias}, {"running_mean", &mean}, {"running_var", &var}}};
-  const bool is_16_bit =
-      input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  const bool is_16_bit = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   std::optional<at::ScalarType> first;
   for (const auto& [name, array] : arrays) {
     if (!*array) continue;
@@ -124,10 +123,10 @@ Pool2dSizes check_pool2d(const char* op, const at::Tensor& input, SymIntArrayRef
               ": pad must be non-negative, but got ", pair_text(sizes.padding));
   for (int axis = 0; axis < 2; ++axis) {
     const SymInt span = multiply_add(sizes.dilation[axis], sizes.window[axis] - 1, 1, op);
-    TORCH_CHECK(sizes.padding[axis] <= span / 2, op,
-                ": pad should be at most half of effective kernel size, but got pad=",
-                sizes.padding[axis], ", kernel_size=", sizes.window[axis],
-                " and dilation=", sizes.dilation[axis]);
+    TORCH_CHECK(
+        sizes.padding[axis] <= span / 2, op,
+        ": pad should be at most half of effective kernel size, but got pad=", sizes.padding[axis],
+        ", kernel_size=", sizes.window[axis], " and dilation=", sizes.dilation[axis]);
   }
 
   const int64_t rank = input.dim();
@@ -187,7 +186,8 @@ void check_conv2d_ranks(const at::Tensor& input, const at::Tensor& weight) {
   TORCH_CHECK(input.dim() == 3 || input.dim() == 4,
               "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ",
               size_text(input.sym_sizes()));
-  TORCH_CHECK(weight.dim() == 4, "conv2d: weight must be 4-dimensional (K, C / groups, R, S), but got ",
+  TORCH_CHECK(weight.dim() == 4,
+              "conv2d: weight must be 4-dimensional (K, C / groups, R, S), but got ",
               size_text(weight.sym_sizes()));
 }
 
@@ -224,9 +224,10 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
               " at dimension 0, but got weight of size ", size_text(w), " instead");
   TORCH_CHECK(w[0] % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ",
               groups, " at dimension 0, but got weight of size ", size_text(w), " instead");
-  TORCH_CHECK(x[1] == multiply_add(w[1], groups, 0, "conv2d: input channels"), "Given groups=",
-              groups, ", weight of size ", size_text(w), ", expected input", size_text(x),
-              " to have ", w[1] * groups, " channels, but got ", x[1], " channels instead");
+  TORCH_CHECK(x[1] == multiply_add(w[1], groups, 0, "conv2d: input channels"),
+              "Given groups=", groups, ", weight of size ", size_text(w), ", expected input",
+              size_text(x), " to have ", w[1] * groups, " channels, but got ", x[1],
+              " channels instead");
   TORCH_CHECK(x[1] > 0, "conv2d: input", size_text(x), " has zero channels");
   if (bias) {
     TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == w[0], "Given weight of size ",
@@ -243,7 +244,8 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
         multiply_add(sizes.dilation[axis], window - 1, 1, "conv2d: dilated kernel size");
     TORCH_CHECK(padded >= span, "Calculated padded input size per channel: ", padded,
                 ". Kernel size: ", span, " (axis ", 2 + axis, " of input", size_text(x),
-                " and weight", size_text(w), "). Kernel size can't be greater than actual input size");
+                " and weight", size_text(w),
+                "). Kernel size can't be greater than actual input size");
     sizes.output[2 + axis] = (padded - span) / sizes.stride[axis] + 1;
   }
   check_tensor_size({sizes.output.data(), 4}, "conv2d");
@@ -251,8 +253,8 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
 }
 
 Pool2dSizes check_max_pool2d(const at::Tensor& input, SymIntArrayRef kernel_size,
-                             SymIntArrayRef stride, SymIntArrayRef padding,
-                             SymIntArrayRef dilation, bool ceil_mode) {
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             bool ceil_mode) {
   return check_pool2d("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 

@@ -121,9 +121,7 @@ struct Conv2dWgradBackward : BilinearNode {  // a = grad, b = input
 struct Conv2dBgradBackward : FastconvNode {
   std::vector<SymInt> size;
   std::string name() const override { return "FastconvConv2dBgradBackward"; }
-  variable_list backward(const Tensor& v) override {
-    return {per_filter(v).expand_symint(size)};
-  }
+  variable_list backward(const Tensor& v) override { return {per_filter(v).expand_symint(size)}; }
 };
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -152,9 +150,8 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   }();
   set_history(out, node);
   if (tangents) {
-    Tensor tangent = bilinear_tangent(input, weight, [&](const Tensor& x, const Tensor& w) {
-      return geometry.fprop(x, w);
-    });
+    Tensor tangent = bilinear_tangent(
+        input, weight, [&](const Tensor& x, const Tensor& w) { return geometry.fprop(x, w); });
     if (has_tangent(bias)) {
       const Tensor shift = per_filter(bias->_fw_grad(0));
       tangent = tangent.defined() ? tangent + shift : shift.expand_symint(out.sym_sizes());

@@ -1,7 +1,7 @@
 // Autograd of the poolings. Each is linear in its input, max pooling given where the maxima stood.
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/adaptive_avg_pool2d.h>
+#include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/gather.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
@@ -47,8 +47,8 @@ struct Window {
         channels_last(suggests_channels_last(input)) {}
 
   Tensor backward(const Tensor& grad, const Tensor& index) const {
-    return ops::max_pool2d_backward(grad, index, input_size, kernel_size, stride, padding,
-                                    dilation, ceil_mode, channels_last);
+    return ops::max_pool2d_backward(grad, index, input_size, kernel_size, stride, padding, dilation,
+                                    ceil_mode, channels_last);
   }
   // The values of `source` (of the input's size) where the maxima stood.
   Tensor gather(const Tensor& source, const Tensor& index) const {
@@ -111,8 +111,8 @@ Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRe
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
   }
-  return std::get<0>(ops::max_pool2d_with_offsets(input, kernel_size, stride, padding, dilation,
-                                                  ceil_mode));
+  return std::get<0>(
+      ops::max_pool2d_with_offsets(input, kernel_size, stride, padding, dilation, ceil_mode));
 }
 
 std::tuple<Tensor, Tensor> max_pool2d_with_offsets(const Tensor& input, SymIntArrayRef kernel_size,
@@ -206,9 +206,14 @@ Tensor avg_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRe
                           C10_AS_INTARRAYREF_SLOW(stride), C10_AS_INTARRAYREF_SLOW(padding),
                           ceil_mode, count_include_pad, divisor_override);
   }
-  const AvgPool2d pool{input.sym_sizes().vec(), kernel_size.vec(),    stride.vec(),
-                       padding.vec(),           ceil_mode,            count_include_pad,
-                       divisor_override,        suggests_channels_last(input)};
+  const AvgPool2d pool{input.sym_sizes().vec(),
+                       kernel_size.vec(),
+                       stride.vec(),
+                       padding.vec(),
+                       ceil_mode,
+                       count_include_pad,
+                       divisor_override,
+                       suggests_channels_last(input)};
   return record_linear(
       input, [pool](const Tensor& x) { return pool.forward(x); },
       [pool](const Tensor& g) { return pool.backward(g); });
@@ -230,7 +235,8 @@ Tensor adaptive_avg_pool2d(const Tensor& input, SymIntArrayRef output_size) {
     return at::adaptive_avg_pool2d_symint(input, output_size);
   }
   return record_linear(
-      input, [size = output_size.vec()](const Tensor& x) { return ops::adaptive_avg_pool2d(x, size); },
+      input,
+      [size = output_size.vec()](const Tensor& x) { return ops::adaptive_avg_pool2d(x, size); },
       [size = input.sym_sizes().vec(), format = suggests_channels_last(input)](const Tensor& g) {
         return ops::adaptive_avg_pool2d_backward(g, size, format);
       });

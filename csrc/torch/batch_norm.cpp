@@ -58,17 +58,21 @@ std::tuple<Tensor, Tensor, Tensor> aten_training(const Tensor& input, const Opti
 std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
                                                        const OptionalTensor& weight,
                                                        const OptionalTensor& bias, double eps) {
-  if (goes_to_aten(input)) return aten_training(input, weight, bias, eps);
+  const bool aten = goes_to_aten(input);
+  if (aten && input.numel() > 0) return aten_training(input, weight, bias, eps);
   check_batch_norm(input, weight, bias, std::nullopt, std::nullopt, /*training=*/true);
   Dense dense(input);
   dense.problem.eps = eps;
+  const auto statistics = input.options().dtype(accumulator_type(input));
+  if (input.numel() == 0) {  // ATen divides by the number of elements here
+    return {at::empty(input.sizes(), input.options(), dense.format),
+            at::zeros({dense.problem.C}, statistics), at::zeros({dense.problem.C}, statistics)};
+  }
   const BatchNormKernel* row = pick_batch_norm(Direction::kFprop, dense.problem, input);
   if (row == nullptr) return aten_training(input, weight, bias, eps);
   Tensor out = at::empty(input.sizes(), input.options(), dense.format);
-  const auto statistics = input.options().dtype(accumulator_type(input));
   Tensor mean = at::empty({dense.problem.C}, statistics);
   Tensor var = at::empty({dense.problem.C}, statistics);
-  if (out.numel() == 0) return {out, mean.zero_(), var.zero_()};
   const Tensor x = input.contiguous(dense.format);
   const Tensor w = value_or_undefined(weight), b = value_or_undefined(bias);
   BatchNormArgs args;
@@ -114,7 +118,8 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
   return out;
 }
 
-// The gradients of weight and bias come back in `type_of`'s dtype (the weight's, or the statistics').
+// The gradients of weight and bias come back in `type_of`'s dtype (the weight's, or the
+// statistics').
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
                                                        const OptionalTensor& weight,
                                                        const Tensor& mean, const Tensor& var,
@@ -127,15 +132,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
               ", but got ", grad.scalar_type());
   check_batch_norm(input, weight, std::nullopt, std::nullopt, std::nullopt, /*training=*/true);
   TORCH_CHECK(mean.numel() == input.size(1) && var.numel() == input.size(1),
-              "batch_norm_backward: mean and var should contain ", input.size(1),
-              " elements, not ", mean.numel(), " and ", var.numel());
+              "batch_norm_backward: mean and var should contain ", input.size(1), " elements, not ",
+              mean.numel(), " and ", var.numel());
   Dense dense(input);
   dense.problem.eps = eps;
   dense.problem.training = training;
   const auto parameter_type = weight ? weight->scalar_type() : mean.scalar_type();
   const auto statistics = input.options().dtype(accumulator_type(input));
-  const BatchNormKernel* row = pick_batch_norm(Direction::kDgrad, dense.problem, input);
-  if (row == nullptr) {
+  const BatchNormKernel* row =
+      input.numel() > 0 ? pick_batch_norm(Direction::kDgrad, dense.problem, input) : nullptr;
+  if (row == nullptr && input.numel() > 0) {
     const Tensor invstd = at::rsqrt(as_accumulator(var) + eps);
     return at::native_batch_norm_backward(grad, input, weight, mean, var, as_accumulator(mean),
                                           invstd, training, eps, output_mask);
@@ -144,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   Tensor db = at::zeros({dense.problem.C}, statistics);
   Tensor dx;
   if (output_mask[0]) dx = at::empty(input.sizes(), input.options(), dense.format);
-  if (input.numel() > 0) {
+  if (row != nullptr) {
     const Tensor x = input.contiguous(dense.format), dy = grad.contiguous(dense.format);
     const Tensor w = value_or_undefined(weight);
     const Tensor m = as_accumulator(mean), v = as_accumulator(var);
@@ -171,11 +177,13 @@ TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_training", &batch_norm_training);
   m.impl("batch_norm_inference", &batch_norm_inference);
 }
-#define FASTCONV_BATCH_NORM_IMPLS(m)                       \
-  m.impl("batch_norm_training", &batch_norm_training);     \
-  m.impl("batch_norm_inference", &batch_norm_inference);   \
+#define FASTCONV_BATCH_NORM_IMPLS(m)                     \
+  m.impl("batch_norm_training", &batch_norm_training);   \
+  m.impl("batch_norm_inference", &batch_norm_inference); \
   m.impl("batch_norm_backward", &batch_norm_backward);
-TORCH_LIBRARY_IMPL(fastconv, CPU, m) { FASTCONV_BATCH_NORM_IMPLS(m) }
-TORCH_LIBRARY_IMPL(fastconv, CUDA, m) { FASTCONV_BATCH_NORM_IMPLS(m) }
+TORCH_LIBRARY_IMPL(fastconv, CPU, m){FASTCONV_BATCH_NORM_IMPLS(m)} TORCH_LIBRARY_IMPL(fastconv,
+                                                                                      CUDA, m) {
+  FASTCONV_BATCH_NORM_IMPLS(m)
+}
 
 }  // namespace fastconv

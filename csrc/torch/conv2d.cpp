@@ -94,9 +94,9 @@ Tensor aten_backward(const Tensor& grad, const Tensor& input, const Tensor& weig
                      SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                      const SymInt& groups, std::array<bool, 3> mask) {
   const std::vector<SymInt> no_output_padding(2, 0);
-  auto [dx, dw, db] = at::convolution_backward_symint(
-      grad, input, weight, std::nullopt, stride, padding, dilation, /*transposed=*/false,
-      no_output_padding, groups, mask);
+  auto [dx, dw, db] =
+      at::convolution_backward_symint(grad, input, weight, std::nullopt, stride, padding, dilation,
+                                      /*transposed=*/false, no_output_padding, groups, mask);
   return mask[0] ? dx : dw;
 }
 
@@ -128,20 +128,18 @@ void check_gradient_arguments(const char* op, SymIntArrayRef sizes, const Tensor
 Tensor conv2d_dgrad(const Tensor& grad, const Tensor& weight, SymIntArrayRef input_size,
                     SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                     SymInt groups, bool channels_last) {
-  check_gradient_arguments("conv2d_dgrad", input_size, grad, weight, input_size,
-                           weight.sym_sizes(), stride, padding, dilation, groups);
+  check_gradient_arguments("conv2d_dgrad", input_size, grad, weight, input_size, weight.sym_sizes(),
+                           stride, padding, dilation, groups);
   const auto input_ints = C10_AS_INTARRAYREF_SLOW(input_size);
   Tensor out = at::empty(input_ints, grad.options(), memory_format(channels_last));
   if (out.numel() == 0) return out;
   const bool filter_channels_last = suggests_channels_last(weight);
-  const Conv2dProblem p =
-      make_problem(input_ints, weight.sizes(), stride, padding, dilation, groups, grad,
-                   channels_last, filter_channels_last);
+  const Conv2dProblem p = make_problem(input_ints, weight.sizes(), stride, padding, dilation,
+                                       groups, grad, channels_last, filter_channels_last);
   check_grad_size(grad, p, "conv2d_dgrad");
   const Conv2dKernel* row = pick_conv2d(Direction::kDgrad, p, grad);
   if (row == nullptr) {
-    return aten_backward(grad, out, weight, stride, padding, dilation, groups,
-                         {true, false, false})
+    return aten_backward(grad, out, weight, stride, padding, dilation, groups, {true, false, false})
         .contiguous(memory_format(channels_last));
   }
   const Tensor dy = grad.contiguous(memory_format(channels_last));
@@ -157,8 +155,8 @@ Tensor conv2d_dgrad(const Tensor& grad, const Tensor& weight, SymIntArrayRef inp
 Tensor conv2d_wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weight_size,
                     SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                     SymInt groups, bool channels_last) {
-  check_gradient_arguments("conv2d_wgrad", weight_size, grad, input, input.sym_sizes(),
-                           weight_size, stride, padding, dilation, groups);
+  check_gradient_arguments("conv2d_wgrad", weight_size, grad, input, input.sym_sizes(), weight_size,
+                           stride, padding, dilation, groups);
   const auto weight_ints = C10_AS_INTARRAYREF_SLOW(weight_size);
   Tensor out = at::empty(weight_ints, grad.options(), memory_format(channels_last));
   if (out.numel() == 0) return out;
@@ -170,8 +168,7 @@ Tensor conv2d_wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weig
   check_grad_size(grad, p, "conv2d_wgrad");
   const Conv2dKernel* row = pick_conv2d(Direction::kWgrad, p, grad);
   if (row == nullptr) {
-    return aten_backward(grad, input, out, stride, padding, dilation, groups,
-                         {false, true, false})
+    return aten_backward(grad, input, out, stride, padding, dilation, groups, {false, true, false})
         .contiguous(memory_format(channels_last));
   }
   const Tensor dy = grad.contiguous(memory_format(activations_channels_last));
@@ -276,8 +273,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
 
 Explanation explain_conv2d(Direction direction, const Tensor& input, const Tensor& weight,
                            const OptionalTensor& bias, SymIntArrayRef stride,
-                           SymIntArrayRef padding, SymIntArrayRef dilation,
-                           const SymInt& groups) {
+                           SymIntArrayRef padding, SymIntArrayRef dilation, const SymInt& groups) {
   Explanation explanation;
   explanation.chosen = "aten";
   for (const Tensor* t : {&input, &weight}) {
@@ -293,13 +289,12 @@ Explanation explain_conv2d(Direction direction, const Tensor& input, const Tenso
   }
   check_conv2d(input, weight, bias, stride, padding, dilation, groups);
   const bool filter_channels_last = suggests_channels_last(weight);
-  Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
-                                 input, filter_channels_last || suggests_channels_last(input),
-                                 filter_channels_last);
+  Conv2dProblem p =
+      make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups, input,
+                   filter_channels_last || suggests_channels_last(input), filter_channels_last);
   p.epilogue.shift = bias.has_value() && direction == Direction::kFprop;
-  const Conv2dKernel* row =
-      choose(kernel_table().conv2d, "conv2d", direction, p, machine_of(input),
-             current_selection(), &explanation.candidates);
+  const Conv2dKernel* row = choose(kernel_table().conv2d, "conv2d", direction, p, machine_of(input),
+                                   current_selection(), &explanation.candidates);
   if (row != nullptr) {
     explanation.chosen = row->name;
   } else {
@@ -314,13 +309,15 @@ TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv_bn_act", &conv_bn_act);
 }
-#define FASTCONV_CONV2D_IMPLS(m)           \
-  m.impl("conv2d", &conv2d);               \
-  m.impl("conv2d_dgrad", &conv2d_dgrad);   \
-  m.impl("conv2d_wgrad", &conv2d_wgrad);   \
-  m.impl("conv2d_bgrad", &conv2d_bgrad);   \
+#define FASTCONV_CONV2D_IMPLS(m)         \
+  m.impl("conv2d", &conv2d);             \
+  m.impl("conv2d_dgrad", &conv2d_dgrad); \
+  m.impl("conv2d_wgrad", &conv2d_wgrad); \
+  m.impl("conv2d_bgrad", &conv2d_bgrad); \
   m.impl("conv_bn_act", &conv_bn_act);
-TORCH_LIBRARY_IMPL(fastconv, CPU, m) { FASTCONV_CONV2D_IMPLS(m) }
-TORCH_LIBRARY_IMPL(fastconv, CUDA, m) { FASTCONV_CONV2D_IMPLS(m) }
+TORCH_LIBRARY_IMPL(fastconv, CPU, m){FASTCONV_CONV2D_IMPLS(m)} TORCH_LIBRARY_IMPL(fastconv, CUDA,
+                                                                                  m) {
+  FASTCONV_CONV2D_IMPLS(m)
+}
 
 }  // namespace fastconv

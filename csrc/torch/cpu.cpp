@@ -25,8 +25,7 @@ Context cpu_context(int threads) {
     return context;
   }
   context.parallel_for = [](int64_t n, const Context::RangeBody& body) {
-    at::parallel_for(0, n, /*grain_size=*/1,
-                     [&](int64_t begin, int64_t end) { body(begin, end); });
+    at::parallel_for(0, n, /*grain_size=*/1, [&](int64_t begin, int64_t end) { body(begin, end); });
   };
   return context;
 }
@@ -44,7 +43,7 @@ Device machine_of(const at::Tensor& t) {
   return device;
 }
 
-Context context_of(const at::Tensor& t, const Device& machine) {
+Context context_of([[maybe_unused]] const at::Tensor& t, const Device& machine) {
 #ifdef FASTCONV_WITH_CUDA
   if (t.is_cuda()) return cuda_context_of(t);
 #endif

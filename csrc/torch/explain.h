@@ -12,8 +12,8 @@
 namespace fastconv {
 
 struct Explanation {
-  std::string chosen;     // a row's name, or "aten"
-  std::string reason;     // when it is "aten": why
+  std::string chosen;  // a row's name, or "aten"
+  std::string reason;  // when it is "aten": why
   std::vector<Candidate> candidates;
 };
 

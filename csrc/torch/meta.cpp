@@ -31,8 +31,8 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   }
   const Conv2dSizes sizes = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
   const bool channels_last = suggests_channels_last(weight) || suggests_channels_last(input);
-  return at::empty_symint(SymIntArrayRef(sizes.output.data(), 4),
-                          input.options(), memory_format(channels_last));
+  return at::empty_symint(SymIntArrayRef(sizes.output.data(), 4), input.options(),
+                          memory_format(channels_last));
 }
 
 Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

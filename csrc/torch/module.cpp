@@ -51,8 +51,8 @@ py::list kernels() {
 const std::map<std::string, Backend>& backends() {
   static const std::map<std::string, Backend> names = [] {
     std::map<std::string, Backend> m;
-    for (const Backend b : {Backend::kCuda, Backend::kTriton, Backend::kCpu, Backend::kEmulator,
-                            Backend::kAten}) {
+    for (const Backend b :
+         {Backend::kCuda, Backend::kTriton, Backend::kCpu, Backend::kEmulator, Backend::kAten}) {
       m[name_of(b)] = b;
     }
     return m;

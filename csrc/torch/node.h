@@ -27,7 +27,9 @@ template <class N, class T>
 struct NodeMaker<N, std::shared_ptr<T>> {
   using type = std::shared_ptr<N>;
   // Found by its argument's type, since newer torch has no such function.
-  static type make() { return type(new N(), [](T* node) { deleteNode(node); }); }
+  static type make() {
+    return type(new N(), [](T* node) { deleteNode(node); });
+  }
 };
 template <class N, class T>
 struct NodeMaker<N, c10::intrusive_ptr<T>> {

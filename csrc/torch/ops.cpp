@@ -13,8 +13,8 @@ auto find(const char* name) {
 }  // namespace
 
 // Looked up once; the handle is then a plain table access.
-#define FASTCONV_CALL(name, ...)                                       \
-  static const auto op = find<decltype(name)>("fastconv::" #name);     \
+#define FASTCONV_CALL(name, ...)                                   \
+  static const auto op = find<decltype(name)>("fastconv::" #name); \
   return op.call(__VA_ARGS__)
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

@@ -1,4 +1,5 @@
 // The pooling operators on real tensors, CPU and CUDA alike: check, lay out, choose a row, run.
+#include <ATen/ops/_adaptive_avg_pool2d_backward.h>
 #include <ATen/ops/adaptive_avg_pool2d.h>
 #include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/avg_pool2d_backward.h>
@@ -6,7 +7,6 @@
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <ATen/ops/max_pool2d_with_indices_backward.h>
-#include <ATen/ops/_adaptive_avg_pool2d_backward.h>
 #include <torch/library.h>
 
 #include "torch/arguments.h"
@@ -69,17 +69,17 @@ Tensor run_backward(const Pool2dKernel& row, const Pool2dProblem& p, const Tenso
 }
 
 Tensor empty_input_gradient(const Tensor& grad, SymIntArrayRef input_size, bool channels_last) {
-  TORCH_CHECK((grad.dim() == 3 || grad.dim() == 4) &&
-                  static_cast<size_t>(grad.dim()) == input_size.size(),
-              "pooling backward: expected a 3-D or 4-D gradient of the input's rank, but got ",
-              grad.sizes(), " and input size ", input_size);
+  TORCH_CHECK(
+      (grad.dim() == 3 || grad.dim() == 4) && static_cast<size_t>(grad.dim()) == input_size.size(),
+      "pooling backward: expected a 3-D or 4-D gradient of the input's rank, but got ",
+      grad.sizes(), " and input size ", input_size);
   return at::empty(as_ints(input_size), grad.options(), memory_format(channels_last));
 }
 
 // A gradient or an index of another size would be read out of bounds.
 void check_output_size(const char* op, const Tensor& t, SymIntArrayRef expected) {
-  TORCH_CHECK(t.sym_sizes() == expected, op, ": expected a tensor of size ", expected,
-              ", but got ", t.sizes());
+  TORCH_CHECK(t.sym_sizes() == expected, op, ": expected a tensor of size ", expected, ", but got ",
+              t.sizes());
 }
 
 // ---- max ----
@@ -90,11 +90,13 @@ Tensor aten_max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntAr
                         as_ints(dilation), ceil_mode);
 }
 
-std::tuple<Tensor, Tensor> aten_max_pool2d_with_indices(
-    const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
-    SymIntArrayRef dilation, bool ceil_mode) {
-  return at::max_pool2d_with_indices(input, as_ints(kernel_size), as_ints(stride),
-                                     as_ints(padding), as_ints(dilation), ceil_mode);
+std::tuple<Tensor, Tensor> aten_max_pool2d_with_indices(const Tensor& input,
+                                                        SymIntArrayRef kernel_size,
+                                                        SymIntArrayRef stride,
+                                                        SymIntArrayRef padding,
+                                                        SymIntArrayRef dilation, bool ceil_mode) {
+  return at::max_pool2d_with_indices(input, as_ints(kernel_size), as_ints(stride), as_ints(padding),
+                                     as_ints(dilation), ceil_mode);
 }
 
 struct MaxPool2dCall {
@@ -163,9 +165,9 @@ std::tuple<Tensor, Tensor> max_pool2d_with_offsets(const Tensor& input, SymIntAr
                                                    SymIntArrayRef dilation, bool ceil_mode) {
   TORCH_CHECK(is_own(input), "max_pool2d_with_offsets: no kernel takes ", input.scalar_type());
   const auto type = offset_type(kernel_size);
-  return max_pool2d_with_index(
-      input, kernel_size, stride, padding, dilation, ceil_mode,
-      type == at::kByte ? PoolIndex::kOffset8 : PoolIndex::kOffset32, type);
+  return max_pool2d_with_index(input, kernel_size, stride, padding, dilation, ceil_mode,
+                               type == at::kByte ? PoolIndex::kOffset8 : PoolIndex::kOffset32,
+                               type);
 }
 
 PoolIndex index_kind(const Tensor& index) {
@@ -192,8 +194,8 @@ Tensor max_pool2d_backward(const Tensor& grad, const Tensor& index, SymIntArrayR
   check_output_size("max_pool2d_backward", grad, sizes.output);
   check_output_size("max_pool2d_backward", index, sizes.output);
   if (out.numel() == 0) return out;
-  Pool2dProblem p = pool2d_problem(PoolKind::kMax, out.sizes(), grad.sizes(), dtype_of(grad),
-                                   channels_last);
+  Pool2dProblem p =
+      pool2d_problem(PoolKind::kMax, out.sizes(), grad.sizes(), dtype_of(grad), channels_last);
   set_window(p, sizes);
   p.index = index_kind(index);
   const Pool2dKernel* row = pick_pool(Direction::kDgrad, p, grad);
@@ -213,8 +215,8 @@ Tensor avg_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRe
                   SymIntArrayRef padding, bool ceil_mode, bool count_include_pad,
                   std::optional<int64_t> divisor_override) {
   const auto aten = [&] {
-    return at::avg_pool2d(input, as_ints(kernel_size), as_ints(stride), as_ints(padding),
-                          ceil_mode, count_include_pad, divisor_override);
+    return at::avg_pool2d(input, as_ints(kernel_size), as_ints(stride), as_ints(padding), ceil_mode,
+                          count_include_pad, divisor_override);
   };
   if (goes_to_aten("avg_pool2d", input)) return aten();
   const Pool2dSizes sizes =
@@ -239,8 +241,8 @@ Tensor avg_pool2d_backward(const Tensor& grad, SymIntArrayRef input_size,
       check_avg_pool2d(out, kernel_size, stride, padding, ceil_mode, divisor_override);
   check_output_size("avg_pool2d_backward", grad, sizes.output);
   if (out.numel() == 0) return out;
-  Pool2dProblem p = pool2d_problem(PoolKind::kAverage, out.sizes(), grad.sizes(), dtype_of(grad),
-                                   channels_last);
+  Pool2dProblem p =
+      pool2d_problem(PoolKind::kAverage, out.sizes(), grad.sizes(), dtype_of(grad), channels_last);
   set_window(p, sizes);
   p.count_include_pad = count_include_pad;
   p.divisor_override = divisor_override.value_or(0);
@@ -289,16 +291,18 @@ TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
   m.impl("avg_pool2d", &avg_pool2d);
   m.impl("adaptive_avg_pool2d", &adaptive_avg_pool2d);
 }
-#define FASTCONV_POOL2D_IMPLS(m)                                             \
-  m.impl("max_pool2d", &max_pool2d);                                         \
-  m.impl("max_pool2d_with_indices", &max_pool2d_with_indices);               \
-  m.impl("max_pool2d_with_offsets", &max_pool2d_with_offsets);               \
-  m.impl("max_pool2d_backward", &max_pool2d_backward);                       \
-  m.impl("avg_pool2d", &avg_pool2d);                                         \
-  m.impl("avg_pool2d_backward", &avg_pool2d_backward);                       \
-  m.impl("adaptive_avg_pool2d", &adaptive_avg_pool2d);                       \
+#define FASTCONV_POOL2D_IMPLS(m)                               \
+  m.impl("max_pool2d", &max_pool2d);                           \
+  m.impl("max_pool2d_with_indices", &max_pool2d_with_indices); \
+  m.impl("max_pool2d_with_offsets", &max_pool2d_with_offsets); \
+  m.impl("max_pool2d_backward", &max_pool2d_backward);         \
+  m.impl("avg_pool2d", &avg_pool2d);                           \
+  m.impl("avg_pool2d_backward", &avg_pool2d_backward);         \
+  m.impl("adaptive_avg_pool2d", &adaptive_avg_pool2d);         \
   m.impl("adaptive_avg_pool2d_backward", &adaptive_avg_pool2d_backward);
-TORCH_LIBRARY_IMPL(fastconv, CPU, m) { FASTCONV_POOL2D_IMPLS(m) }
-TORCH_LIBRARY_IMPL(fastconv, CUDA, m) { FASTCONV_POOL2D_IMPLS(m) }
+TORCH_LIBRARY_IMPL(fastconv, CPU, m){FASTCONV_POOL2D_IMPLS(m)} TORCH_LIBRARY_IMPL(fastconv, CUDA,
+                                                                                  m) {
+  FASTCONV_POOL2D_IMPLS(m)
+}
 
 }  // namespace fastconv
