@@ -68,6 +68,7 @@ def _build_requirements():
     if version is not None:
         decisions.refuse_torch(version, sys.prefix)
     decisions.find_compiler()
+    decisions.cuda_mode()
     decisions.decide_jobs()
     return [] if version is not None else [decisions.torch_requirement(None)]
 

@@ -31,7 +31,7 @@ def refuse_python(version=None):
     version = tuple(version or sys.version_info)[:2]
     if version < MIN_PYTHON:
         raise Refused(
-            f"fastconv needs Python 3.11 or newer, and this is Python {version[0]}.{version[1]} "
+            f"Python 3.11 or newer is needed, and this is Python {version[0]}.{version[1]} "
             f"({sys.executable})."
         )
 
@@ -55,7 +55,7 @@ def refuse_setuptools():
         ) from None
     if release_of(setuptools.__version__) < MIN_SETUPTOOLS:
         raise Refused(
-            f"fastconv needs setuptools 77.0 or newer, and {sys.prefix} holds "
+            f"setuptools 77.0 or newer is needed, and {sys.prefix} holds "
             f"{setuptools.__version__}: run `pip install --upgrade setuptools`, or install "
             "fastconv without --no-build-isolation."
         )
@@ -64,7 +64,7 @@ def refuse_setuptools():
 def refuse_torch(version, where):
     if release_of(version) < MIN_TORCH:
         raise Refused(
-            f"fastconv needs torch 2.11 or newer, and {where} holds torch {version}: "
+            f"torch 2.11 or newer is needed, and {where} holds torch {version}: "
             "run `pip install --upgrade torch` first."
         )
 
@@ -191,11 +191,20 @@ class Cuda:
         self.nvcc, self.version, self.home = nvcc, version, home
 
 
-def decide_cuda(torch_version, torch_cuda):
-    """Reads FASTCONV_CUDA. What `auto` declines, `1` refuses with the same reason."""
+def cuda_mode():
+    """FASTCONV_CUDA. What can be refused before there is a torch is refused here."""
     mode = os.environ.get("FASTCONV_CUDA", "auto").strip().lower() or "auto"
     if mode not in ("auto", "0", "1"):
         raise Refused(f"FASTCONV_CUDA={mode} is not one of auto, 0 and 1.")
+    missing = find_nvcc()[1]
+    if mode == "1" and missing:
+        raise Refused(f"FASTCONV_CUDA=1 asks for the CUDA kernels, but {missing}.")
+    return mode
+
+
+def decide_cuda(torch_version, torch_cuda):
+    """What `auto` declines, `1` refuses with the same reason."""
+    mode = cuda_mode()
     if mode == "0":
         return Cuda(False, "FASTCONV_CUDA=0")
     nvcc, missing = find_nvcc()

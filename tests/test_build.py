@@ -125,7 +125,7 @@ def test_old_python(tmp_path, version):
         f"import runpy, sys; sys.version_info = {(*version, 'final', 0)!r}; "
         "sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
     )
-    expected = f"needs Python 3.11 or newer, and this is Python 3.{version[1]}"
+    expected = f"Python 3.11 or newer is needed, and this is Python 3.{version[1]}"
     assert_refused(run(["-c", code]), expected)
 
 
@@ -161,6 +161,8 @@ def test_bad_fastconv_cuda(tmp_path, value):
     torch_path = fake_torch(tmp_path / "site", "2.13.0")
     result = build(tmp_path, FASTCONV_CUDA=value, PYTHONPATH=torch_path)
     assert_refused(result, f"FASTCONV_CUDA={value}", "auto, 0 and 1")
+    # Before anything is downloaded, too.
+    assert_refused(hook("get_requires_for_build_wheel", FASTCONV_CUDA=value), "auto, 0 and 1")
 
 
 def test_bad_max_jobs(tmp_path):
