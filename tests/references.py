@@ -96,7 +96,7 @@ def conv2d_extended(x, weight, bias, grad, stride=1, padding=0, dilation=1, grou
     filters = array(weight, groups, K // groups, C // groups, R, S)
     dy = array(grad, N, groups, K // groups, P, Q)
     out = np.einsum("ngcprqs,gkcrs->ngkpq", taps, filters).reshape(N, K, P, Q)
-    dtaps = np.einsum("ngkpq,gkcrs->ngcprqs", dy, filters).reshape(N, C, -1)
+    dtaps = np.einsum("ngkpq,gkcrs->ngcprqs", dy, filters).reshape(N, C, P * R * Q * S)
     where = windows(torch.arange(H * W).reshape(1, 1, H, W), *geometry, fill=-1).reshape(-1)
     inside = (where >= 0).numpy()
     dx = np.zeros((N, C, H * W), wide)

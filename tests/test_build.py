@@ -41,7 +41,7 @@ def run(arguments, path=None, cwd=ROOT, **environment):
         env={k: str(v) for k, v in keep.items() if v is not None},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
