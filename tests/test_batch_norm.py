@@ -68,7 +68,8 @@ def peer_errors(tensors, training, expected):
 
 @functools.cache
 def contract_case(size, dtype, training):
-    """Tensors, answers, and PyTorch's errors; of small results the worst of several draws."""
+    """Tensors, answers, and PyTorch's errors: the worst of four draws for the few elements of the
+    parameters' gradients, which one draw may get right by luck."""
     draws = []
     for seed in range(support.DRAWS):
         tensors = make(size, dtype, seed=seed)
