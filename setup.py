@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.join(ROOT, "build_backend"))
 import fastconv_decisions as decisions  # noqa: E402
 
 VERSION = runpy.run_path(os.path.join(ROOT, "fastconv", "_version.py"))["__version__"]
+FINGERPRINTED = (("csrc",), ("csrc", "core"))
 COMPILING_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel"}
 
 
@@ -60,6 +61,12 @@ def build_py_command():
             if not self.editable_mode:
                 shutil.rmtree(os.path.join(self.build_lib, "fastconv"), ignore_errors=True)
             super().run()
+            if self.editable_mode:
+                return
+            # The emulator is compiled from these on first use (fastconv/emulator.py).
+            for room in ("core", "cuda", "emulator"):
+                target = os.path.join(self.build_lib, "fastconv", "csrc", room)
+                shutil.copytree(os.path.join("csrc", room), target)
 
     return BuildPy
 
@@ -81,7 +88,8 @@ def build_ext_command(plan):
                 raise decisions.Refused(f"{error} (the compiler's own words are above).") from None
             folder = ROOT if self.inplace or self.editable_mode else self.build_lib
             digest = runpy.run_path(os.path.join(ROOT, "fastconv", "_source_digest.py"))
-            facts = plan.facts(VERSION, digest["source_digest"](os.path.join(ROOT, "csrc")))
+            digests = [digest["source_digest"](os.path.join(ROOT, *f)) for f in FINGERPRINTED]
+            facts = plan.facts(VERSION, *digests)
             with open(os.path.join(folder, "fastconv", "_build_facts.json"), "w") as file:
                 json.dump(facts, file, indent=2)
                 file.write("\n")

@@ -285,10 +285,11 @@ class Plan:
         cuda = "cuda" + self.cuda.version if self.cuda.build else "cpu"
         return f"{sys.implementation.cache_tag}-torch{self.torch_version}-{cuda}"
 
-    def facts(self, version, digest):
+    def facts(self, version, digest, core_digest):
         return {
             "fastconv": version,
             "source_digest": digest,
+            "core_digest": core_digest,
             "python": platform.python_version(),
             "abi": sysconfig.get_config_var("EXT_SUFFIX"),
             "torch": self.torch_version,

@@ -7,7 +7,7 @@ Use ``fastconv.Conv2d`` in place of ``torch.nn.Conv2d`` (and ``MaxPool2d``, ``Av
 
 import warnings
 
-from fastconv import functional, models
+from fastconv import emulator, functional, models
 from fastconv._extension import ExtensionWarning, available, explanation
 from fastconv._version import __version__
 from fastconv.modules import (
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "allow_fallback",
     "backend",
+    "emulator",
     "explain",
     "functional",
     "kernel",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import fastconv
-from fastconv import _extension
+from fastconv import _extension, emulator
 from fastconv.benchmarking.tables import LEFT, print_table
 from fastconv.selection import BACKENDS
 
@@ -51,7 +51,7 @@ def _build() -> list[tuple[str, str]]:
             ", ".join(map(str, value)) if isinstance(value, list) else str(value),
         )
         for name, value in _extension.facts.items()
-        if value is not None and name != "source_digest"
+        if value is not None and not name.endswith("_digest")
     ]
     return [("extension", state), *facts]
 
@@ -78,8 +78,11 @@ def _devices() -> list[tuple[str, str]]:
     # ATen is torch itself: there even where nothing of ours was built.
     ours = {row.backend for row in fastconv.kernels()} if fastconv.available else set()
     here = [name for name in BACKENDS if name in ours or name == "aten"]
-    absent = [name for name in BACKENDS if name not in here]
+    absent = [name for name in BACKENDS if name not in here and name != "emulator"]
     found.append(("backends", ", ".join(here) + f" (not in this build: {', '.join(absent)})"))
+    missing = emulator.available() if fastconv.available else "needs the compiled extension"
+    ready = 'runs the CUDA kernels on the CPU inside `with fastconv.backend("emulator"):`'
+    found.append(("emulator", missing or ready))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastconv import _extension
+from fastconv import _extension, emulator
 from fastconv.functional import as_ints, resolve_padding
 
 BACKENDS = ("cuda", "triton", "cpu", "emulator", "aten")
@@ -29,7 +29,11 @@ class KernelInfo(NamedTuple):
 
 
 def kernels() -> list[KernelInfo]:
-    """The kernel table, in the order in which rows are considered."""
+    """The kernel table, in the order in which rows are considered.
+
+    The emulator's rows, named as the CUDA rows with ``_emulated`` behind, stand in it from the
+    first ``fastconv.backend("emulator")`` (or :func:`fastconv.emulator.load`) on.
+    """
     return [
         KernelInfo(*columns, tuple(getattr(torch, d) for d in dtypes), tuple(layouts))
         for *columns, dtypes, layouts in _extension.load().kernels()
@@ -130,6 +134,9 @@ class backend(_Forced):
     Args:
         name: "cuda", "triton", "cpu", "emulator" or "aten" (PyTorch's own kernels).
 
+    "emulator" runs the CUDA kernels on CPU tensors, slowly; :mod:`fastconv.emulator` compiles it on
+    first use.
+
     Raises:
         ValueError: for an unknown name.
         RuntimeError: for a backend that this build has no kernel of.
@@ -143,6 +150,8 @@ class backend(_Forced):
                 f"backend must be one of {', '.join(BACKENDS)}, but got {name!r}"
                 + _close_matches(name, BACKENDS)
             )
+        if name == "emulator":
+            emulator.load()
         if name != "aten" and not any(k.backend == name for k in kernels()):
             raise RuntimeError(f"backend {name!r} is not available: {_why_absent(name)}")
         super().__init__(name)
@@ -166,6 +175,8 @@ class kernel(_Forced):
     _position = 1
 
     def __init__(self, name: str):
+        if str(name).endswith("_emulated"):
+            emulator.load()
         names = [k.name for k in kernels()]
         if name not in names:
             raise ValueError(

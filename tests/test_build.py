@@ -259,7 +259,9 @@ def test_plan_and_table(decisions, monkeypatch):
     for text in ["1.2.3", torch.__version__, sys.executable, plan.cxx_version, "3 (MAX_JOBS)"]:
         assert text in table
     assert "CUDA kernels    no: FASTCONV_CUDA=0" in table
-    assert json.loads(json.dumps(plan.facts("1.2.3", "abc")))["torch"] == str(torch.__version__)
+    assert json.loads(json.dumps(plan.facts("1.2.3", "abc", "def")))["torch"] == str(
+        torch.__version__
+    )
 
 
 # --- The backend ----------------------------------------------------------------------------------

@@ -12,12 +12,29 @@ namespace fastconv {
 
 enum class Activation : uint8_t { kNone, kReLU, kReLU6, kLeakyReLU, kSiLU, kHardSwish, kSigmoid };
 
+// Max pooling between the activation and the store: rows of op "conv2d_max_pool2d" alone. A
+// window's taps outside the convolution's output count as -inf; NaN and ties as in max_pool2d.
+struct EpiloguePool {
+  int64_t R = 1, S = 1;
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t pad_h = 0, pad_w = 0;
+
+  // Pooled height and width of a convolution's P and Q.
+  FASTCONV_HOST_DEVICE int64_t P(int64_t rows) const {
+    return (rows + 2 * pad_h - R) / stride_h + 1;
+  }
+  FASTCONV_HOST_DEVICE int64_t Q(int64_t cols) const {
+    return (cols + 2 * pad_w - S) / stride_w + 1;
+  }
+};
+
 struct Epilogue {
   bool scale = false;     // one factor a filter
   bool shift = false;     // one summand a filter
   bool residual = false;  // a tensor of the output's shape, dtype and layout
   Activation activation = Activation::kNone;
   double slope = 0.01;  // of kLeakyReLU below zero
+  EpiloguePool pool;    // of op "conv2d_max_pool2d"
 
   bool empty() const { return !scale && !shift && !residual && activation == Activation::kNone; }
 };

@@ -1,17 +1,34 @@
 #include "core/kernel_table.h"
 
-namespace fastconv {
+#include <atomic>
+#include <memory>
+#include <mutex>
 
-KernelTable& kernel_table() {
-  static KernelTable table = [] {
-    KernelTable t;
+namespace fastconv {
+namespace {
+
+std::atomic<const KernelTable*>& published() {
+  static std::atomic<const KernelTable*> table{[] {
+    auto* t = new KernelTable;
 #ifdef FASTCONV_WITH_CUDA
-    add_cuda_kernels(t);
+    add_cuda_kernels(*t);
 #endif
-    add_cpu_kernels(t);
+    add_cpu_kernels(*t);
     return t;
-  }();
+  }()};
   return table;
+}
+
+}  // namespace
+
+const KernelTable& kernel_table() { return *published().load(std::memory_order_acquire); }
+
+void extend_kernel_table(void (*add)(KernelTable&)) {
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  auto longer = std::make_unique<KernelTable>(kernel_table());
+  add(*longer);
+  published().store(longer.release(), std::memory_order_release);
 }
 
 }  // namespace fastconv

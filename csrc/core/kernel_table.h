@@ -85,6 +85,8 @@ void add_cpu_kernels(KernelTable& table);
 void add_cuda_kernels(KernelTable& table);
 
 // The one table, built on first use.
-KernelTable& kernel_table();
+const KernelTable& kernel_table();
+// Publishes a copy with more rows. Tables are never freed: rows that somebody has chosen stay.
+void extend_kernel_table(void (*add)(KernelTable&));
 
 }  // namespace fastconv

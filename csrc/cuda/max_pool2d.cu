@@ -1,9 +1,5 @@
 // Max pooling and its gradient.
 //
-// An NCHW tensor is N * C images of one channel in NHWC, so one kernel serves both layouts: a
-// thread takes one output position and, where C and the pointers allow it, as many channels as fill
-// 16 bytes.
-//
 // fprop reads a window row by row; an element becomes the maximum when it is greater than the
 // maximum so far or is NaN. Hence of equal elements the first is kept and of several NaNs the last,
 // as torch does. A window of -inf alone, or of nothing, keeps the position of its first tap that is
@@ -16,9 +12,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/element.h"
-#include "cuda/launch.h"
-#include "cuda/limits.h"
+#include "cuda/pool2d.h"
 #include "cuda/table.h"
 
 namespace fastconv {
@@ -27,7 +21,7 @@ namespace {
 
 constexpr const char* kFpropName = "max_pool2d_sm80_fprop";
 constexpr const char* kDgradName = "max_pool2d_sm80_dgrad";
-constexpr int kThreads = 256;
+constexpr int kThreads = kPoolThreads;
 
 // Here, since a host function, constexpr or not, may not be called inside a kernel.
 template <class A>
@@ -40,33 +34,10 @@ struct NoIndex {};
 template <class Index>
 using Position = std::conditional_t<std::is_same_v<Index, int64_t>, int64_t, int>;
 
-struct PoolParams {
+struct MaxParams : PoolGeometry {
   const void *input, *index_in;  // input: or the output's gradient
   void *out, *index_out;
-  int64_t items;  // threads' worth of work: positions * packs of channels
-  int packs;      // of channels in an image: C / pack size, or 1 in NCHW
-  int channels;   // C, or 1 in NCHW
-  int H, W, R, S, P, Q;
-  int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
 };
-
-// The channels at one position of an image with `rows` x `cols` positions.
-struct Item {
-  int row, col;
-  int64_t image;    // which
-  int channel;      // the first of the pack
-  int64_t element;  // where the pack lies
-};
-
-template <int kVector>
-__device__ inline Item item_at(const PoolParams& t, int64_t i, int rows, int cols) {
-  const Division pack = divide(i, t.packs);
-  const Division col = divide(pack.quotient, cols);
-  const Division row = divide(col.quotient, rows);
-  const int channel = pack.remainder * kVector;
-  return {row.remainder, col.remainder, row.quotient, channel,
-          pack.quotient * t.channels + channel};
-}
 
 // The first tap along one axis that does not fall before the tensor, when tap 0 stands at `start`.
 __device__ inline int first_tap(int start, int dilation) {
@@ -74,13 +45,13 @@ __device__ inline int first_tap(int start, int dilation) {
 }
 
 template <class T, int kVector, class Index>
-__global__ void __launch_bounds__(kThreads) max_pool2d_fprop_kernel(const PoolParams t) {
+__global__ void __launch_bounds__(kThreads) max_pool2d_fprop_kernel(const MaxParams t) {
   using A = accumulator_t<T>;
   constexpr bool kKeep = !std::is_same_v<Index, NoIndex>;
   constexpr bool kFlat = std::is_same_v<Index, int64_t>;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < t.items;
        i += gridDim.x * int64_t{kThreads}) {
-    const Item item = item_at<kVector>(t, i, t.P, t.Q);
+    const PoolItem item = item_at<kVector>(t, i, t.P, t.Q);
     const int h0 = item.row * t.stride_h - t.pad_h, w0 = item.col * t.stride_w - t.pad_w;
     const int r0 = first_tap(h0, t.dil_h), s0 = first_tap(w0, t.dil_w);
     const T* image =
@@ -125,23 +96,13 @@ __global__ void __launch_bounds__(kThreads) max_pool2d_fprop_kernel(const PoolPa
   }
 }
 
-// The windows along one axis that cover position `x`: those numbered begin to end - 1 whose first
-// tap, `number * stride - pad`, lies a multiple of the dilation before it.
-struct Cover {
-  int begin, end;
-};
-__device__ inline Cover windows_over(int x, int pad, int stride, int extent, int count) {
-  const int t = x + pad;
-  return {t < extent ? 0 : (t - extent) / stride + 1, min(t / stride + 1, count)};
-}
-
 template <class T, int kVector, class Index>
-__global__ void __launch_bounds__(kThreads) max_pool2d_dgrad_kernel(const PoolParams t) {
+__global__ void __launch_bounds__(kThreads) max_pool2d_dgrad_kernel(const MaxParams t) {
   using A = accumulator_t<T>;
   constexpr bool kFlat = std::is_same_v<Index, int64_t>;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < t.items;
        i += gridDim.x * int64_t{kThreads}) {
-    const Item item = item_at<kVector>(t, i, t.H, t.W);
+    const PoolItem item = item_at<kVector>(t, i, t.H, t.W);
     const Cover rows = windows_over(item.row, t.pad_h, t.stride_h, (t.R - 1) * t.dil_h + 1, t.P);
     const Cover cols = windows_over(item.col, t.pad_w, t.stride_w, (t.S - 1) * t.dil_w + 1, t.Q);
     const int64_t image = item.image * t.P * t.Q * t.channels + item.channel;
@@ -172,27 +133,6 @@ __global__ void __launch_bounds__(kThreads) max_pool2d_dgrad_kernel(const PoolPa
   }
 }
 
-PoolParams parameters_of(const Pool2dProblem& p, int vector) {
-  PoolParams t = {};
-  // supports() has made sure that these fit.
-  const auto to_int = [](int64_t value) { return static_cast<int>(value); };
-  t.channels = p.layout == Layout::kNCHW ? 1 : to_int(p.C);
-  t.packs = t.channels / vector;
-  t.H = to_int(p.H);
-  t.W = to_int(p.W);
-  t.R = to_int(p.R);
-  t.S = to_int(p.S);
-  t.P = to_int(p.P);
-  t.Q = to_int(p.Q);
-  t.stride_h = to_int(p.stride_h);
-  t.stride_w = to_int(p.stride_w);
-  t.pad_h = to_int(p.pad_h);
-  t.pad_w = to_int(p.pad_w);
-  t.dil_h = to_int(p.dil_h);
-  t.dil_w = to_int(p.dil_w);
-  return t;
-}
-
 int64_t index_bytes(PoolIndex index) {
   return index == PoolIndex::kNone       ? 0
          : index == PoolIndex::kOffset8  ? 1
@@ -201,15 +141,11 @@ int64_t index_bytes(PoolIndex index) {
 }
 
 // Whether every tensor of the call can be read and written in packs of `size` channels.
-bool packs_fit(const Pool2dProblem& p, const Pool2dArgs& a, int size) {
+bool all_packs_fit(const Pool2dProblem& p, const Pool2dArgs& a, int size) {
   const int64_t index_pack = std::min<int64_t>(kPackBytes, size * index_bytes(p.index));
-  const void* tensors[] = {a.input, a.grad, a.out};
-  bool fit = p.layout == Layout::kNHWC && p.C % size == 0;
-  for (const void* tensor : tensors) fit = fit && is_aligned(tensor, kPackBytes);
-  if (index_pack > 0) {
-    fit = fit && is_aligned(a.index_in, index_pack) && is_aligned(a.index_out, index_pack);
-  }
-  return fit;
+  return packs_fit(p, size, {a.input, a.grad, a.out}) &&
+         (index_pack == 0 ||
+          (is_aligned(a.index_in, index_pack) && is_aligned(a.index_out, index_pack)));
 }
 
 // Calls f(T{}, Index{}, vector) with the types of a problem; vector is a compile-time constant.
@@ -217,7 +153,7 @@ template <class F>
 void dispatch_pool(const Pool2dProblem& p, const Pool2dArgs& a, F&& f) {
   dispatch_element(p.dtype, [&](auto element) {
     constexpr int kVector = kPackSize<decltype(element)>;
-    const bool vector = packs_fit(p, a, kVector);
+    const bool vector = all_packs_fit(p, a, kVector);
     const auto with_index = [&](auto index) {
       if (vector) {
         f(element, index, std::integral_constant<int, kVector>{});
@@ -240,63 +176,40 @@ void dispatch_pool(const Pool2dProblem& p, const Pool2dArgs& a, F&& f) {
 
 void launch_fprop(const Pool2dProblem& p, const Pool2dArgs& a, const Context& context) {
   dispatch_pool(p, a, [&](auto element, auto index, auto vector) {
-    PoolParams t = parameters_of(p, vector);
+    MaxParams t = {};
+    set_geometry(t, p, vector);
     t.input = a.input;
     t.out = a.out;
     t.index_out = a.index_out;
     t.items = p.output_elements() / vector;
     launch_kernel(
-        kFpropName,
-        &max_pool2d_fprop_kernel<decltype(element), decltype(vector)::value, decltype(index)>,
-        blocks_for(t.items, kThreads), kThreads, context.stream, t);
+        {kFpropName, blocks_for(t.items, kThreads), kThreads, context.stream},
+        &max_pool2d_fprop_kernel<decltype(element), decltype(vector)::value, decltype(index)>, t);
   });
 }
 
 void launch_dgrad(const Pool2dProblem& p, const Pool2dArgs& a, const Context& context) {
   dispatch_pool(p, a, [&](auto element, auto index, auto vector) {
     if constexpr (!std::is_same_v<decltype(index), NoIndex>) {
-      PoolParams t = parameters_of(p, vector);
+      MaxParams t = {};
+      set_geometry(t, p, vector);
       t.input = a.grad;
       t.index_in = a.index_in;
       t.out = a.out;
       t.items = p.input_elements() / vector;
       launch_kernel(
-          kDgradName,
-          &max_pool2d_dgrad_kernel<decltype(element), decltype(vector)::value, decltype(index)>,
-          blocks_for(t.items, kThreads), kThreads, context.stream, t);
+          {kDgradName, blocks_for(t.items, kThreads), kThreads, context.stream},
+          &max_pool2d_dgrad_kernel<decltype(element), decltype(vector)::value, decltype(index)>, t);
     }
   });
 }
 
-// Bounds every position and every offset inside a window that the kernels compute in an int.
-std::string supports(const Pool2dProblem& p, Direction direction) {
-  if (direction == Direction::kDgrad && p.index == PoolIndex::kNone) {
-    return "the positions of the maxima were not kept";
-  }
-  return refuse_beyond_int({{"C", p.C},
-                            {"output height", p.P},
-                            {"output width", p.Q},
-                            {"window", p.R * p.S},
-                            {"padded height", p.H + 2 * p.pad_h + p.R * p.dil_h + p.stride_h},
-                            {"padded width", p.W + 2 * p.pad_w + p.S * p.dil_w + p.stride_w}});
-}
-
-Pool2dKernel row_of(const char* name, Direction direction) {
-  Pool2dKernel row;
-  row.name = name;
-  row.op = "max_pool2d";
-  row.direction = direction;
-  row.backend = Backend::kCuda;
-  row.arch = "sm_80";
-  row.dtypes = kAllDTypes;
-  row.layouts = kAllLayouts;
-  row.supports = [direction](const Pool2dProblem& p, const Device&) {
-    return supports(p, direction);
+Pool2dKernel dgrad_row() {
+  Pool2dKernel row = pool2d_row(kDgradName, "max_pool2d", Direction::kDgrad, launch_dgrad);
+  row.supports = [](const Pool2dProblem& p, const Device&) {
+    return p.index == PoolIndex::kNone ? "the positions of the maxima were not kept"
+                                       : refuse_pool_beyond_int(p);
   };
-  row.cost = [](const Pool2dProblem& p, const Device& device) {
-    return expected_us(p.bytes(), 0, 1, device);
-  };
-  row.launch = direction == Direction::kFprop ? launch_fprop : launch_dgrad;
   return row;
 }
 
@@ -304,8 +217,9 @@ Pool2dKernel row_of(const char* name, Direction direction) {
 }  // namespace cuda
 
 void add_cuda_max_pool2d_rows(KernelTable& table) {
-  table.pool2d.push_back(cuda::row_of(cuda::kFpropName, Direction::kFprop));
-  table.pool2d.push_back(cuda::row_of(cuda::kDgradName, Direction::kDgrad));
+  table.pool2d.push_back(
+      cuda::pool2d_row(cuda::kFpropName, "max_pool2d", Direction::kFprop, cuda::launch_fprop));
+  table.pool2d.push_back(cuda::dgrad_row());
 }
 
 }  // namespace fastconv

@@ -1,5 +1,6 @@
 // The Python module fastconv._C: the kernel table, the choice, and what was built. The operators
 // themselves are not here: they are registered with torch's dispatcher when this library loads.
+#include <dlfcn.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -108,6 +109,15 @@ py::tuple explain(const std::string& direction, const at::Tensor& input, const a
   return py::make_tuple(e.chosen, e.reason, candidates);
 }
 
+// Adds the rows of the emulator, a library that fastconv/emulator.py has compiled. It stays loaded.
+void load_emulator(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw py::import_error(dlerror());
+  void* add = dlsym(library, "fastconv_emulator_add_kernels");
+  if (add == nullptr) throw py::import_error(path + " is not fastconv's emulator");
+  extend_kernel_table(reinterpret_cast<void (*)(KernelTable&)>(add));
+}
+
 }  // namespace
 }  // namespace fastconv
 
@@ -118,6 +128,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_conv2d", &explain);
   m.def("get_selection", &get_selection);
   m.def("set_selection", &set_selection);
+  m.def("load_emulator", &load_emulator);
   m.def("cpu_isa", [] { return std::string(name_of(host_isa())); });
 #ifdef FASTCONV_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -1,0 +1,301 @@
+#include "emulator/scheduler.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+
+namespace fastconv {
+namespace emulator {
+namespace {
+
+// Not derived from std::exception: nothing but a fiber's entry may catch it.
+struct Cancelled {};
+
+thread_local Thread* running = nullptr;
+thread_local Cluster* active = nullptr;  // also while asynchronous work completes
+
+bool lower(const Thread* a, const Thread* b) {
+  return a->priority != b->priority ? a->priority < b->priority : a->index > b->index;
+}
+
+void make_ready(Cluster& cluster, Thread* thread) {
+  thread->state = Thread::State::kReady;
+  cluster.ready.push_back(thread);
+  std::push_heap(cluster.ready.begin(), cluster.ready.end(), lower);
+}
+
+void draw_priorities(Cluster& cluster) {
+  std::mt19937_64& random = *cluster.random;
+  for (const auto& block : cluster.blocks) {
+    uint64_t of_warp = 0;
+    for (Thread& thread : block->threads) {
+      if (thread.lane() == 0 || !cluster.per_warp) of_warp = random() >> 20;
+      thread.priority = (of_warp << 20) | (random() >> 44);
+    }
+  }
+  std::make_heap(cluster.ready.begin(), cluster.ready.end(), lower);
+}
+
+std::string place_of(const Thread& thread) {
+  return "block " + std::to_string(thread.view.block.x) + ", thread " +
+         std::to_string(thread.index);
+}
+
+// Back to the scheduler; throws when the cluster has been cancelled in the meantime.
+void stop(Thread& thread) {
+  thread.fiber.leave();
+  if (thread.block->cluster->cancelled) throw Cancelled();
+}
+
+void check_nobody_left_behind(Thread& thread) {
+  const auto found = thread.block->meetings.find(0);
+  if (found == thread.block->meetings.end()) return;
+  fail("the thread ends while " + std::to_string(found->second->arrived) +
+       " others of its block wait at " + found->second->what);
+}
+
+void thread_entry(void* argument) {
+  Thread& thread = *static_cast<Thread*>(argument);
+  Cluster& cluster = *thread.block->cluster;
+  try {
+    (*cluster.body)();
+    check_nobody_left_behind(thread);
+  } catch (const Cancelled&) {
+  } catch (...) {
+    if (!cluster.failure) cluster.failure = std::current_exception();
+  }
+  thread.state = Thread::State::kDone;
+  ++thread.block->exited;
+  --cluster.live;
+  cluster.idle_yields = 0;
+}
+
+void resume(Thread& thread) {
+  running = &thread;
+  thread.state = Thread::State::kRunning;
+  thread.fiber.enter(&thread_entry, &thread);
+  running = nullptr;
+}
+
+// Fibers under way hold objects: each is resumed once, to unwind.
+void cancel(Cluster& cluster) {
+  cluster.cancelled = true;
+  for (const auto& block : cluster.blocks) {
+    for (Thread& thread : block->threads) {
+      if (thread.state == Thread::State::kDone) continue;
+      if (thread.fiber.under_way()) {
+        resume(thread);
+      } else {
+        thread.state = Thread::State::kDone;
+        --cluster.live;
+      }
+    }
+  }
+  cluster.pending.clear();
+  cluster.waiting.clear();
+  cluster.ready.clear();
+}
+
+// One piece of asynchronous work, any whose queue has nothing older. False: there is none.
+bool complete_one(Cluster& cluster) {
+  if (cluster.pending.empty()) return false;
+  std::vector<size_t> eligible;
+  std::vector<const void*> seen;
+  for (size_t i = 0; i < cluster.pending.size(); ++i) {
+    const void* queue = cluster.pending[i].queue;
+    if (queue != nullptr) {
+      if (std::find(seen.begin(), seen.end(), queue) != seen.end()) continue;
+      seen.push_back(queue);
+    }
+    eligible.push_back(i);
+  }
+  const size_t chosen = eligible[(*cluster.random)() % eligible.size()];
+  const Pending work = std::move(cluster.pending[chosen]);
+  cluster.pending.erase(cluster.pending.begin() + static_cast<std::ptrdiff_t>(chosen));
+  work.complete();
+  cluster.idle_yields = 0;
+  return true;
+}
+
+// "0-31, 64": of sorted numbers.
+std::string ranges(const std::vector<int>& numbers) {
+  std::string text;
+  for (size_t i = 0; i < numbers.size();) {
+    size_t end = i + 1;
+    while (end < numbers.size() && numbers[end] == numbers[end - 1] + 1) ++end;
+    text += (text.empty() ? "" : ", ") + std::to_string(numbers[i]);
+    if (end - i > 1) text += "-" + std::to_string(numbers[end - 1]);
+    i = end;
+  }
+  return text;
+}
+
+std::string deadlock_report(const Cluster& cluster) {
+  std::string text = std::string(cluster.shape->name) + ": deadlock, no thread can run";
+  for (const auto& block : cluster.blocks) {
+    std::map<std::string, std::vector<int>> by_reason;
+    for (const Thread& t : block->threads) {
+      by_reason[t.state == Thread::State::kDone ? "have ended" : "wait for " + t.waits_for]
+          .push_back(t.index);
+    }
+    for (const auto& [reason, threads] : by_reason) {
+      text += "\n  block " + std::to_string(block->threads[0].view.block.x) + ", threads " +
+              ranges(threads) + ": " + reason;
+    }
+  }
+  return text;
+}
+
+constexpr int64_t kLivelock = 1000000;  // polls in a row with nothing else happening
+
+void run_until_done(Cluster& cluster) {
+  const int64_t redraw_after = 64 + 2 * cluster.live;
+  int64_t until_redraw = 0;
+  while (cluster.live > 0) {
+    if (--until_redraw < 0) {
+      draw_priorities(cluster);
+      until_redraw = redraw_after + static_cast<int64_t>((*cluster.random)() % 64);
+    }
+    const bool all_poll = cluster.idle_yields > 2 * static_cast<int64_t>(cluster.ready.size());
+    if (cluster.ready.empty() || all_poll) {
+      if (complete_one(cluster)) continue;
+      if (cluster.ready.empty()) throw Fault(deadlock_report(cluster));
+      if (cluster.idle_yields > kLivelock) {
+        throw Fault(std::string(cluster.shape->name) + ": livelock, threads poll and none gets on");
+      }
+    }
+    std::pop_heap(cluster.ready.begin(), cluster.ready.end(), lower);
+    Thread* next = cluster.ready.back();
+    cluster.ready.pop_back();
+    resume(*next);
+    if (cluster.failure) return;
+  }
+  if (!cluster.pending.empty()) {
+    throw Fault(std::string(cluster.shape->name) + ": the block ended with " +
+                std::to_string(cluster.pending.size()) + " asynchronous operations under way, " +
+                cluster.pending.front().what + " the oldest");
+  }
+}
+
+}  // namespace
+
+void run_cluster(Cluster& cluster) {
+  struct Activate {
+    Cluster* before = std::exchange(active, nullptr);
+    ~Activate() { active = before; }
+  } activate;
+  active = &cluster;
+  for (const auto& block : cluster.blocks) {
+    for (Thread& thread : block->threads) cluster.ready.push_back(&thread);
+    cluster.live += static_cast<int64_t>(block->threads.size());
+  }
+  try {
+    run_until_done(cluster);
+  } catch (...) {
+    if (!cluster.failure) cluster.failure = std::current_exception();
+  }
+  if (cluster.failure) {
+    cancel(cluster);
+    std::rethrow_exception(cluster.failure);
+  }
+}
+
+Thread& current() {
+  if (running == nullptr) throw std::logic_error("no emulated kernel is running on this thread");
+  return *running;
+}
+
+const View& view() { return current().view; }
+
+Cluster& current_cluster() {
+  if (active == nullptr) throw std::logic_error("no emulated kernel is running on this thread");
+  return *active;
+}
+
+void fail(const std::string& message) {
+  if (active == nullptr) throw Fault(message);
+  const std::string where = running != nullptr ? ", " + place_of(*running) : std::string();
+  throw Fault(active->shape->name + where + ": " + message);
+}
+
+void wait_on(const void* channel, std::string_view what) {
+  Thread& thread = current();
+  thread.state = Thread::State::kWaiting;
+  thread.channel = channel;
+  thread.waits_for.assign(what);
+  thread.block->cluster->waiting[channel].push_back(&thread);
+  stop(thread);
+}
+
+void notify(const void* channel) {
+  Cluster& cluster = *active;
+  const auto found = cluster.waiting.find(channel);
+  if (found == cluster.waiting.end()) return;
+  const std::vector<Thread*> woken = std::move(found->second);
+  cluster.waiting.erase(found);
+  cluster.idle_yields = 0;
+  for (Thread* thread : woken) make_ready(cluster, thread);
+}
+
+void yield() {
+  Thread& thread = current();
+  Cluster& cluster = *thread.block->cluster;
+  ++cluster.idle_yields;
+  thread.priority = 0;  // behind everyone until the next draw
+  make_ready(cluster, &thread);
+  stop(thread);
+}
+
+void start_async(const void* queue, const std::string& what, std::function<void()> complete) {
+  active->pending.push_back({queue, what, std::move(complete)});
+}
+
+void meet_raw(uint64_t group, int count, int position, const char* what, void* argument,
+              const std::function<void(void**)>& work) {
+  Block& block = current_block();
+  std::shared_ptr<Meeting>& slot = block.meetings[group];
+  if (!slot) {
+    slot = std::make_shared<Meeting>();
+    slot->what = what;
+    slot->expected = count;
+    slot->arguments.resize(static_cast<size_t>(count));
+  }
+  const std::shared_ptr<Meeting> meeting = slot;
+  if (std::strcmp(meeting->what, what) != 0) {
+    fail(std::string("the thread comes to ") + what + " while others of its group are at " +
+         meeting->what);
+  }
+  void*& mine = meeting->arguments[static_cast<size_t>(position)];
+  if (mine != nullptr) fail(std::string("the thread comes twice to one ") + what);
+  mine = argument;
+  if (++meeting->arrived == meeting->expected) {
+    block.meetings.erase(group);
+    work(meeting->arguments.data());
+    meeting->done = true;
+    notify(meeting.get());
+    return;
+  }
+  while (!meeting->done) wait_on(meeting.get(), what);
+}
+
+void check_mask(uint32_t mask, const char* what) {
+  const Thread& me = current();
+  const int lanes = std::min<int>(32, static_cast<int>(me.block->threads.size()) - me.warp() * 32);
+  if ((mask >> me.lane() & 1u) == 0) {
+    fail(std::string(what) + ": the thread is not in the mask it names, " + std::to_string(mask));
+  }
+  // Bits of lanes that do not exist would never arrive; hardware ignores them.
+  if (lanes < 32 && mask >> lanes != 0 && mask != 0xffffffffu) {
+    fail(std::string(what) + ": the mask names lanes beyond the block's last thread");
+  }
+}
+
+uint32_t existing_lanes(uint32_t mask) {
+  const Thread& me = current();
+  const int lanes = static_cast<int>(me.block->threads.size()) - me.warp() * 32;
+  return lanes >= 32 ? mask : mask & ((1u << lanes) - 1u);
+}
+
+}  // namespace emulator
+}  // namespace fastconv

@@ -1,0 +1,280 @@
+"""The emulator as users meet it: compiled on first use, cached, refused in words, forced, logged.
+
+What its instructions mean and which faults it finds: test_emulator_instructions.py. Each kernel
+under it: the tests that loop over the kernel table.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastconv
+import fastconv.functional as ff
+import support
+from fastconv import emulator
+
+pytestmark = pytest.mark.skipif(
+    bool(support.emulator_missing()), reason=support.emulator_missing() or "-"
+)
+
+
+def emulated_rows():
+    return [row for row in fastconv.kernels() if row.backend == "emulator"]
+
+
+def test_every_cuda_row_has_its_twin():
+    names = [row.name for row in emulated_rows()]
+    assert names and all(name.endswith("_emulated") for name in names)
+    assert all(row.arch.startswith("sm_") for row in emulated_rows())
+    compiled = [row.name + "_emulated" for row in fastconv.kernels() if row.backend == "cuda"]
+    assert not compiled or compiled == names
+    covered = {(row.op, row.direction) for row in emulated_rows()}
+    own = {(row.op, row.direction) for row in fastconv.kernels() if row.backend == "cpu"}
+    assert own <= covered, f"without a CUDA kernel: {sorted(own - covered)}"
+
+
+def test_rows_stand_in_the_table_from_the_first_use_on():
+    done = support.run_python(
+        """
+        import fastconv
+        rows = lambda: sum(row.backend == "emulator" for row in fastconv.kernels())
+        before = rows()
+        with fastconv.backend("emulator"):
+            first = rows()
+        with fastconv.backend("emulator"):
+            pass
+        print(before, first > 0, rows() == first)
+        """
+    )
+    assert done.stdout.split() == ["0", "True", "True"], done.stderr
+
+
+def test_it_never_runs_unasked():
+    x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    with emulator.launches() as log:
+        ff.max_pool2d(ff.conv2d(x, w), 2)
+    assert log == []
+    reasons = {c.name: c.reason for c in fastconv.explain(x, w).candidates}
+    assert reasons["conv2d_direct_sm80_fprop_emulated"] == "runs only when asked for"
+
+
+def test_a_forced_row_runs_and_is_logged():
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    with emulator.launches() as log, fastconv.kernel("conv2d_direct_sm80_fprop_emulated"):
+        out = ff.conv2d(x, w)
+    assert [launch.name for launch in log] == ["conv2d_direct_sm80_fprop"]
+    assert log[0].blocks >= 1 and log[0].threads >= 32
+    assert torch.allclose(out, F.conv2d(x, w), atol=1e-5)
+
+
+def launch_names(call):
+    with emulator.launches() as log, fastconv.backend("emulator"), torch.no_grad():
+        call()
+    return [launch.name for launch in log]
+
+
+@pytest.mark.parametrize("layout", support.FORMATS)
+def test_fused_calls_are_one_launch(layout):
+    x, w, b = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 3, 3), torch.randn(16)
+    x = x.contiguous(memory_format=support.FORMATS[layout])
+    w = w.contiguous(memory_format=support.FORMATS[layout])
+    mean, var, residual = torch.randn(16), torch.rand(16) + 0.5, torch.randn(2, 16, 9, 9)
+    calls = {
+        "bias": lambda: ff.conv2d(x, w, b, padding=1),
+        "BatchNorm, ReLU": lambda: ff.conv_bn_relu(x, w, b, mean, var, b, b, padding=1),
+        "residual": lambda: ff.conv_bn_relu(
+            x, w, None, mean, var, b, b, residual=residual, padding=1, activation="silu"
+        ),
+        "pooling": lambda: ff.conv2d_max_pool2d(x, w, b, padding=1),
+        "max pooling with positions": lambda: ff.max_pool2d(x, 2, return_indices=True),
+        "global average": lambda: ff.adaptive_avg_pool2d(x, 1),
+        "BatchNorm of fixed statistics": lambda: ff.batch_norm(x, mean[:8], var[:8]),
+    }
+    counts = {name: launch_names(call) for name, call in calls.items()}
+    assert {name for name, launches in counts.items() if len(launches) != 1} == set(), counts
+
+
+def test_forward_and_backward_stay_on_it():
+    """The choice made in forward holds in backward, after the block has ended."""
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    conv, pool = fastconv.Conv2d(4, 6, 3, padding=1), fastconv.MaxPool2d(2)
+    norm = fastconv.BatchNorm2d(6)
+    with fastconv.backend("emulator"), emulator.launches() as forward:
+        out = pool(torch.relu(norm(conv(x))))
+    with emulator.launches() as backward:
+        out.square().sum().backward()
+    text = " ".join(launch.name for launch in forward + backward)
+    for part in ("fprop", "dgrad", "wgrad", "bgrad", "max_pool2d", "batch_norm"):
+        assert part in text, text
+
+
+def test_threads_at_once():
+    """Each thread's launches are its own; nothing is shared but the log and the seed."""
+    x, w = torch.randn(4, 8, 12, 12), torch.randn(8, 8, 3, 3)
+    expected = F.conv2d(x, w)
+    results, errors = [None] * 4, []
+
+    def work(i):
+        try:
+            with fastconv.backend("emulator"):
+                for _ in range(5):
+                    results[i] = ff.conv2d(x, w)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(torch.allclose(result, expected, atol=1e-4) for result in results)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler was found (no-such-compiler)" in emulator.available()
+
+
+def test_no_cuda_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(emulator, "_header_folders", lambda: [tmp_path])
+    message = emulator.available()
+    assert "CUDA's headers" in message and str(tmp_path) in message and "CUDA_HOME" in message
+    with pytest.raises(RuntimeError, match="CUDA's headers"):
+        emulator.build()
+
+
+def test_sources_of_another_build(monkeypatch):
+    monkeypatch.setitem(emulator._extension.facts, "core_digest", "0" * 64)
+    assert "has changed since the extension was compiled" in emulator.available()
+
+
+def test_no_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(emulator, "_PACKAGE", tmp_path / "fastconv")
+    assert "there are none in" in emulator.available()
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="could not be written"):
+        emulator.build()
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'out of ideas' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match="(?s)compiling the emulator failed.*out of ideas"):
+        emulator.build()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_the_cache_is_used(monkeypatch):
+    path = emulator.build()
+    monkeypatch.setattr(emulator._Toolchain, "_run", None)  # compiling would raise
+    assert emulator.build() == path and path.stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("variable", ["FASTCONV_CACHE", "XDG_CACHE_HOME"])
+def test_where_the_cache_is(monkeypatch, tmp_path, variable):
+    monkeypatch.delenv("FASTCONV_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert emulator._cache().is_relative_to(tmp_path)
+
+
+def test_too_much_shared_memory_is_refused_as_by_cuda():
+    """By the launch itself, so that a row whose supports() forgot to ask is still no crash."""
+    source = """
+    #include <cstdio>
+    #include "cuda/launch.h"
+    __global__ void nothing() {}
+    int main() {
+      try {
+        fastconv::cuda::Launch launch{"greedy", 2, 64};
+        launch.shared_bytes = 300000;
+        fastconv::cuda::launch_kernel(launch, &nothing);
+      } catch (const std::exception& error) {
+        std::puts(error.what());
+      }
+    }
+    """
+    assert "greedy" in run_program(source) and "300000" in run_program(source)
+
+
+def run_program(source):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "program.cu")
+        with open(file, "w") as out:
+            out.write(source)
+        program = emulator.compile_program([file], os.path.join(folder, "program"))
+        return subprocess.run([program], capture_output=True, text=True, timeout=60).stdout
+
+
+# --- AddressSanitizer -----------------------------------------------------------------------------
+
+
+def sanitizer_libraries():
+    """Their paths, for LD_PRELOAD: Python itself is not built with them."""
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    compiler = emulator._find_compiler()
+    found = [
+        subprocess.run([*compiler, f"-print-file-name={n}"], capture_output=True, text=True)
+        for n in names
+    ]
+    paths = [done.stdout.strip() for done in found]
+    return paths if all(os.path.isabs(path) for path in paths) else []
+
+
+def run_sanitized(*arguments, timeout):
+    preload = sanitizer_libraries()
+    if not preload:
+        pytest.skip("the compiler has no AddressSanitizer")
+    environment = {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",  # CPython frees little when it ends
+        "FASTCONV_EMULATOR_SANITIZE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+KERNEL_TESTS = ("test_conv2d_kernels.py", "test_pooling.py", "test_batch_norm.py")
+
+
+def sanitized_pytest(selection, timeout, *more):
+    here = os.path.dirname(__file__)
+    files = [os.path.join(here, name) for name in KERNEL_TESTS]
+    options = ["-q", "-p", "no:cacheprovider", "-k", selection, *more]
+    done = run_sanitized("-P", "-m", "pytest", *options, *files, timeout=timeout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert " passed" in done.stdout
+    return done.stdout
+
+
+def test_kernels_under_address_sanitizer():
+    """Every row, every edge shape, every dtype; small integers, equal layouts."""
+    same = "(NCHW-NCHW or NHWC-NHWC or pool or batch_norm)"
+    sanitized_pytest(f"emulated and {same} and (integers or ties or contract)", timeout=900)
+
+
+@pytest.mark.slow
+def test_kernels_under_address_sanitizer_in_full():
+    sanitized_pytest("emulated", 7200, "-m", "")
