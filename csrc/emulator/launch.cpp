@@ -75,15 +75,12 @@ class SharedArena {
   unsigned char* at_;
 };
 
-void set_up(Cluster& cluster, int64_t first_block,
-            const std::vector<std::unique_ptr<SharedArena>>& arenas) {
-  const LaunchShape& shape = *cluster.shape;
-  cluster.blocks.clear();
+// A cluster of blocks and threads, made once a launch and set back for each of its clusters.
+void build(Cluster& cluster, const LaunchShape& shape) {
   for (int rank = 0; rank < shape.cluster; ++rank) {
     auto block = std::make_unique<Block>();
     block->cluster = &cluster;
     block->rank = rank;
-    block->shared = arenas[static_cast<size_t>(rank)]->fresh();
     block->shared_bytes = shape.shared_bytes;
     block->threads.resize(static_cast<size_t>(shape.threads));
     for (int i = 0; i < shape.threads; ++i) {
@@ -91,11 +88,28 @@ void set_up(Cluster& cluster, int64_t first_block,
       thread.block = block.get();
       thread.index = i;
       thread.view.thread = {static_cast<unsigned>(i), 0, 0};
-      thread.view.block = {static_cast<unsigned>(first_block + rank), 0, 0};
       thread.view.block_size = dim3(static_cast<unsigned>(shape.threads));
       thread.view.grid_size = dim3(static_cast<unsigned>(shape.blocks));
     }
     cluster.blocks.push_back(std::move(block));
+  }
+}
+
+void set_back(Cluster& cluster, int64_t first_block,
+              const std::vector<std::unique_ptr<SharedArena>>& arenas) {
+  cluster.waiting.clear();
+  cluster.polling.clear();
+  cluster.idle_yields = 0;
+  for (const auto& block : cluster.blocks) {
+    block->shared = arenas[static_cast<size_t>(block->rank)]->fresh();
+    block->exited = 0;
+    block->async_view.clear();
+    block->meetings.clear();
+    block->extras.clear();
+    for (Thread& thread : block->threads) {
+      thread.done = false;
+      thread.view.block = {static_cast<unsigned>(first_block + block->rank), 0, 0};
+    }
   }
 }
 
@@ -134,13 +148,14 @@ void launch(const LaunchShape& shape, const std::function<void()>& thread) {
   std::vector<int32_t> order(static_cast<size_t>(shape.blocks / shape.cluster));
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
+  Cluster cluster;
+  cluster.shape = &shape;
+  cluster.body = &thread;
+  cluster.random = &random;
+  build(cluster, shape);
   for (const int32_t number : order) {
-    Cluster cluster;
-    cluster.shape = &shape;
-    cluster.body = &thread;
-    cluster.random = &random;
     cluster.per_warp = random() % 2 == 0;
-    set_up(cluster, int64_t{number} * shape.cluster, arenas);
+    set_back(cluster, int64_t{number} * shape.cluster, arenas);
     run_cluster(cluster);
   }
 }

@@ -15,26 +15,34 @@ struct Cancelled {};
 thread_local Thread* running = nullptr;
 thread_local Cluster* active = nullptr;  // also while asynchronous work completes
 
-bool lower(const Thread* a, const Thread* b) {
-  return a->priority != b->priority ? a->priority < b->priority : a->index > b->index;
-}
+void make_ready(Cluster& cluster, Thread* thread) { cluster.ready.add(thread->rank); }
 
-void make_ready(Cluster& cluster, Thread* thread) {
-  thread->state = Thread::State::kReady;
-  cluster.ready.push_back(thread);
-  std::push_heap(cluster.ready.begin(), cluster.ready.end(), lower);
-}
-
-void draw_priorities(Cluster& cluster) {
-  std::mt19937_64& random = *cluster.random;
-  for (const auto& block : cluster.blocks) {
-    uint64_t of_warp = 0;
-    for (Thread& thread : block->threads) {
-      if (thread.lane() == 0 || !cluster.per_warp) of_warp = random() >> 20;
-      thread.priority = (of_warp << 20) | (random() >> 44);
-    }
+// Ranks anew for all threads: warps in random order and their lanes too, or all threads.
+void draw_ranks(Cluster& cluster) {
+  std::vector<Thread*>& order = cluster.by_rank;
+  std::vector<Thread*> ready;
+  while (cluster.ready.count() > 0) {
+    ready.push_back(order[static_cast<size_t>(cluster.ready.take_lowest())]);
   }
-  std::make_heap(cluster.ready.begin(), cluster.ready.end(), lower);
+  std::mt19937_64& random = *cluster.random;
+  std::shuffle(order.begin(), order.end(), random);
+  if (cluster.per_warp) {
+    // Each warp's threads gather where the first of them stands.
+    std::unordered_map<uint64_t, int> place_of_warp;
+    const auto warp_of = [](const Thread* t) {
+      return static_cast<uint64_t>(t->block->rank) << 32 | static_cast<uint64_t>(t->warp());
+    };
+    for (const Thread* t : order) {
+      place_of_warp.emplace(warp_of(t), static_cast<int>(place_of_warp.size()));
+    }
+    std::stable_sort(order.begin(), order.end(), [&](const Thread* a, const Thread* b) {
+      return place_of_warp[warp_of(a)] < place_of_warp[warp_of(b)];
+    });
+  }
+  for (size_t i = 0; i < order.size(); ++i) order[i]->rank = static_cast<int>(i);
+  for (Thread* thread : ready) make_ready(cluster, thread);
+  for (Thread* thread : cluster.polling) make_ready(cluster, thread);
+  cluster.polling.clear();
 }
 
 std::string place_of(const Thread& thread) {
@@ -49,10 +57,10 @@ void stop(Thread& thread) {
 }
 
 void check_nobody_left_behind(Thread& thread) {
-  const auto found = thread.block->meetings.find(0);
-  if (found == thread.block->meetings.end()) return;
-  fail("the thread ends while " + std::to_string(found->second->arrived) +
-       " others of its block wait at " + found->second->what);
+  const Meeting& barrier = thread.block->whole_block;
+  if (barrier.arrived == 0) return;
+  fail("the thread ends while " + std::to_string(barrier.arrived) +
+       " others of its block wait at " + barrier.what);
 }
 
 void thread_entry(void* argument) {
@@ -65,7 +73,7 @@ void thread_entry(void* argument) {
   } catch (...) {
     if (!cluster.failure) cluster.failure = std::current_exception();
   }
-  thread.state = Thread::State::kDone;
+  thread.done = true;
   ++thread.block->exited;
   --cluster.live;
   cluster.idle_yields = 0;
@@ -73,7 +81,6 @@ void thread_entry(void* argument) {
 
 void resume(Thread& thread) {
   running = &thread;
-  thread.state = Thread::State::kRunning;
   thread.fiber.enter(&thread_entry, &thread);
   running = nullptr;
 }
@@ -83,11 +90,11 @@ void cancel(Cluster& cluster) {
   cluster.cancelled = true;
   for (const auto& block : cluster.blocks) {
     for (Thread& thread : block->threads) {
-      if (thread.state == Thread::State::kDone) continue;
+      if (thread.done) continue;
       if (thread.fiber.under_way()) {
         resume(thread);
       } else {
-        thread.state = Thread::State::kDone;
+        thread.done = true;
         --cluster.live;
       }
     }
@@ -95,6 +102,7 @@ void cancel(Cluster& cluster) {
   cluster.pending.clear();
   cluster.waiting.clear();
   cluster.ready.clear();
+  cluster.polling.clear();
 }
 
 // One piece of asynchronous work, any whose queue has nothing older. False: there is none.
@@ -136,8 +144,7 @@ std::string deadlock_report(const Cluster& cluster) {
   for (const auto& block : cluster.blocks) {
     std::map<std::string, std::vector<int>> by_reason;
     for (const Thread& t : block->threads) {
-      by_reason[t.state == Thread::State::kDone ? "have ended" : "wait for " + t.waits_for]
-          .push_back(t.index);
+      by_reason[t.done ? "have ended" : "wait for " + t.waits_for].push_back(t.index);
     }
     for (const auto& [reason, threads] : by_reason) {
       text += "\n  block " + std::to_string(block->threads[0].view.block.x) + ", threads " +
@@ -154,20 +161,23 @@ void run_until_done(Cluster& cluster) {
   int64_t until_redraw = 0;
   while (cluster.live > 0) {
     if (--until_redraw < 0) {
-      draw_priorities(cluster);
+      draw_ranks(cluster);
       until_redraw = redraw_after + static_cast<int64_t>((*cluster.random)() % 64);
     }
-    const bool all_poll = cluster.idle_yields > 2 * static_cast<int64_t>(cluster.ready.size());
-    if (cluster.ready.empty() || all_poll) {
-      if (complete_one(cluster)) continue;
-      if (cluster.ready.empty()) throw Fault(deadlock_report(cluster));
+    Thread* next = nullptr;
+    if (cluster.ready.count() > 0) {
+      next = cluster.by_rank[static_cast<size_t>(cluster.ready.take_lowest())];
+    } else {
+      // Whoever only polls has looked once since anything happened.
+      const bool all_poll = cluster.idle_yields >= static_cast<int64_t>(cluster.polling.size());
+      if (all_poll && complete_one(cluster)) continue;
+      if (cluster.polling.empty()) throw Fault(deadlock_report(cluster));
       if (cluster.idle_yields > kLivelock) {
         throw Fault(std::string(cluster.shape->name) + ": livelock, threads poll and none gets on");
       }
+      next = cluster.polling.front();
+      cluster.polling.pop_front();
     }
-    std::pop_heap(cluster.ready.begin(), cluster.ready.end(), lower);
-    Thread* next = cluster.ready.back();
-    cluster.ready.pop_back();
     resume(*next);
     if (cluster.failure) return;
   }
@@ -186,10 +196,16 @@ void run_cluster(Cluster& cluster) {
     ~Activate() { active = before; }
   } activate;
   active = &cluster;
+  cluster.by_rank.clear();
   for (const auto& block : cluster.blocks) {
-    for (Thread& thread : block->threads) cluster.ready.push_back(&thread);
-    cluster.live += static_cast<int64_t>(block->threads.size());
+    for (Thread& thread : block->threads) {
+      thread.rank = static_cast<int>(cluster.by_rank.size());
+      cluster.by_rank.push_back(&thread);
+    }
   }
+  cluster.live = static_cast<int64_t>(cluster.by_rank.size());
+  cluster.ready.resize(cluster.by_rank.size());
+  for (Thread* thread : cluster.by_rank) make_ready(cluster, thread);
   try {
     run_until_done(cluster);
   } catch (...) {
@@ -221,8 +237,6 @@ void fail(const std::string& message) {
 
 void wait_on(const void* channel, std::string_view what) {
   Thread& thread = current();
-  thread.state = Thread::State::kWaiting;
-  thread.channel = channel;
   thread.waits_for.assign(what);
   thread.block->cluster->waiting[channel].push_back(&thread);
   stop(thread);
@@ -242,8 +256,7 @@ void yield() {
   Thread& thread = current();
   Cluster& cluster = *thread.block->cluster;
   ++cluster.idle_yields;
-  thread.priority = 0;  // behind everyone until the next draw
-  make_ready(cluster, &thread);
+  cluster.polling.push_back(&thread);
   stop(thread);
 }
 
@@ -253,30 +266,31 @@ void start_async(const void* queue, const std::string& what, std::function<void(
 
 void meet_raw(uint64_t group, int count, int position, const char* what, void* argument,
               const std::function<void(void**)>& work) {
-  Block& block = current_block();
-  std::shared_ptr<Meeting>& slot = block.meetings[group];
-  if (!slot) {
-    slot = std::make_shared<Meeting>();
-    slot->what = what;
-    slot->expected = count;
-    slot->arguments.resize(static_cast<size_t>(count));
-  }
-  const std::shared_ptr<Meeting> meeting = slot;
-  if (std::strcmp(meeting->what, what) != 0) {
+  Thread& me = current();
+  Block& block = *me.block;
+  Meeting& meeting = group == 0 ? block.whole_block : block.meetings[group];
+  if (meeting.arrived == 0) {
+    meeting.what = what;
+    meeting.arguments.assign(static_cast<size_t>(count), nullptr);
+  } else if (meeting.what != what && std::strcmp(meeting.what, what) != 0) {
     fail(std::string("the thread comes to ") + what + " while others of its group are at " +
-         meeting->what);
+         meeting.what);
   }
-  void*& mine = meeting->arguments[static_cast<size_t>(position)];
+  void*& mine = meeting.arguments[static_cast<size_t>(position)];
   if (mine != nullptr) fail(std::string("the thread comes twice to one ") + what);
   mine = argument;
-  if (++meeting->arrived == meeting->expected) {
-    block.meetings.erase(group);
-    work(meeting->arguments.data());
-    meeting->done = true;
-    notify(meeting.get());
+  if (++meeting.arrived < count) {
+    meeting.waiting.push_back(&me);
+    me.waits_for.assign(what);
+    stop(me);
     return;
   }
-  while (!meeting->done) wait_on(meeting.get(), what);
+  work(meeting.arguments.data());
+  meeting.arrived = 0;
+  Cluster& cluster = *block.cluster;
+  for (Thread* thread : meeting.waiting) make_ready(cluster, thread);
+  meeting.waiting.clear();
+  cluster.idle_yields = 0;
 }
 
 void check_mask(uint32_t mask, const char* what) {

@@ -4,8 +4,8 @@
 //
 // What decides whether a missing barrier is found is the order (measured on planted faults: a
 // uniformly random one keeps warps in lock-step and misses four of ten):
-//   - each warp, or each thread, has a random priority; the ready thread of the highest runs until
-//     it waits; priorities are drawn anew now and then;
+//   - each warp, or each thread, has a random rank; the ready thread of the lowest runs until it
+//     waits; ranks are drawn anew now and then;
 //   - asynchronous work completes only when no thread can run, one piece at a time.
 #pragma once
 
@@ -39,10 +39,9 @@ struct Thread {
   View view;
   Block* block = nullptr;
   int index = 0;  // in the block
-  enum class State : uint8_t { kReady, kRunning, kWaiting, kDone } state = State::kReady;
-  uint64_t priority = 0;
-  const void* channel = nullptr;  // waiting: see wait_on
-  std::string waits_for;          // waiting: for the deadlock report
+  bool done = false;
+  int rank = 0;           // among the cluster's threads; the lowest ready one runs
+  std::string waits_for;  // waiting: for the deadlock report
   Fiber fiber;
 
   int warp() const { return index / 32; }
@@ -51,10 +50,10 @@ struct Thread {
 
 // Threads on their way to one meeting; `arguments` by position in the group.
 struct Meeting {
-  const char* what;
-  int expected, arrived = 0;
-  bool done = false;
+  const char* what = nullptr;
+  int arrived = 0;
   std::vector<void*> arguments;
+  std::vector<Thread*> waiting;
 };
 
 struct Block {
@@ -67,8 +66,9 @@ struct Block {
   // The asynchronous proxy's view of shared memory: what TMA stores and wgmma read. Ordinary stores
   // reach it at a fence.proxy.async; empty until something looks at it.
   std::vector<unsigned char> async_view;
-  // Pending meetings: key is a group's identity (see meet()) and its mask.
-  std::unordered_map<uint64_t, std::shared_ptr<Meeting>> meetings;
+  // By a group's identity, see meet_raw(). The whole block's, which is by far the most used, apart.
+  Meeting whole_block;
+  std::unordered_map<uint64_t, Meeting> meetings;
   // Per-block state of emulated instructions (named barriers, mbarriers, register counts ...), each
   // created on first use by the file that owns it.
   std::unordered_map<std::string, std::shared_ptr<void>> extras;
@@ -88,17 +88,47 @@ struct Pending {
   std::function<void()> complete;
 };
 
+// Threads that can run, as bits by rank: the lowest is found in a few instructions, where a heap's
+// comparisons took most of the emulator's time.
+class ReadySet {
+ public:
+  void resize(size_t threads) { words_.assign((threads + 63) / 64, 0); }
+  void add(int rank) {
+    words_[static_cast<size_t>(rank) / 64] |= uint64_t{1} << (rank % 64);
+    ++count_;
+  }
+  int take_lowest() {
+    size_t i = 0;
+    while (words_[i] == 0) ++i;
+    const int bit = __builtin_ctzll(words_[i]);
+    words_[i] &= words_[i] - 1;
+    --count_;
+    return static_cast<int>(i) * 64 + bit;
+  }
+  void clear() {
+    for (uint64_t& word : words_) word = 0;
+    count_ = 0;
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  std::vector<uint64_t> words_;
+  int64_t count_ = 0;
+};
+
 struct Cluster {
   const LaunchShape* shape = nullptr;
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Block>> blocks;
   std::deque<Pending> pending;
   std::unordered_map<const void*, std::vector<Thread*>> waiting;  // by channel
-  std::vector<Thread*> ready;                                     // a heap by priority
-  int64_t live = 0;                                               // threads not yet done
-  int64_t idle_yields = 0;                                        // since anything happened
+  std::vector<Thread*> by_rank;
+  ReadySet ready;
+  std::deque<Thread*> polling;  // ready, but only after all others
+  int64_t live = 0;             // threads not yet done
+  int64_t idle_yields = 0;      // since anything happened
   std::mt19937_64* random = nullptr;
-  bool per_warp = true;  // how priorities are drawn
+  bool per_warp = true;  // how ranks are drawn
   bool cancelled = false;
   std::exception_ptr failure;
 };
