@@ -1,8 +1,8 @@
 # The few commands a contributor needs. PYTHON names the interpreter whose environment is used.
 PYTHON ?= python
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install test test-all lint format bench clean
+.PHONY: help install test test-all lint format bench gpu clean
 
 help:      ## list these commands
 	@sed -n 's/^\([a-z-]*\): *## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -14,7 +14,11 @@ test:      ## the test-suite, against the installed package
 	$(PYTHON) -P -m pytest
 
 test-all:  ## the same with the large sweeps and 30 times as many random examples
-	$(PYTHON) -P -m pytest -m "" --hypothesis-profile=thorough
+	FASTCONV_EVERY_SEED=1 $(PYTHON) -P -m pytest -m "" --hypothesis-profile=thorough
+
+emulate:   ## the CUDA kernels on this CPU: instructions, planted faults, every row, all of it under AddressSanitizer
+	$(PYTHON) -P -m pytest -m "" tests/test_emulator.py tests/test_emulator_instructions.py
+	FASTCONV_EVERY_SEED=1 $(PYTHON) -P -m pytest -m "" -k "emulator or emulated"
 
 lint:      ## ruff and clang-format, changing nothing
 	$(PYTHON) -m ruff check .
@@ -28,6 +32,9 @@ format:    ## let ruff and clang-format change what lint objects to
 
 bench:     ## the benchmarks
 	$(PYTHON) -P -m pytest benchmarks
+
+gpu:       ## on a machine with a GPU: build, test, sanitize and measure, in slices, into OUT
+	PYTHON=$(PYTHON) LIMIT=$(LIMIT) benchmarks/gpu.sh $(or $(OUT),build/gpu) $(SLICES)
 
 clean:     ## remove what builds and tests leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastconv/_C*.so fastconv/_build_facts.json

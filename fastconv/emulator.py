@@ -29,8 +29,8 @@ from fastconv._source_digest import source_digest
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = "libfastconv_emulator.so"
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# Kernels are compiled for speed of compiling; -Wno-psabi: a note on 64-byte aligned arguments.
-_FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTCONV_EMULATOR"]
+# -Wno-psabi: a note on 64-byte aligned arguments.
+_FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTCONV_EMULATOR"]
 _FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
 # A GPU contracts a * b + c to one rounding; where the CPU has that instruction, so do we.
 if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
@@ -212,21 +212,24 @@ class _Toolchain:
         version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True)
         self.identity = [*self.compiler, version.stdout, str(self.headers)]
 
-    def flags(self, source: Path, sanitize: bool) -> list[str]:
-        flags = [*_FLAGS, f"-I{self.csrc}", "-isystem", str(self.headers), "-x", "c++"]
-        flags += ["-idirafter", str(self.csrc / "emulator" / "include")]
+    def sanitizers(self, source: Path, sanitize: bool) -> list[str]:
         # AddressSanitizer watches the kernels. The emulator checks its own accesses, and sanitized
         # fibers would switch four times slower.
         own = source.is_relative_to(self.csrc / "emulator")
-        return flags + (_SANITIZERS if sanitize and not own else [])
+        return _SANITIZERS if sanitize and not own else []
+
+    def flags(self) -> list[str]:
+        flags = [*_FLAGS, f"-I{self.csrc}", "-isystem", str(self.headers), "-x", "c++"]
+        return [*flags, "-idirafter", str(self.csrc / "emulator" / "include")]
 
     def key(self, sources, sanitize: bool) -> str:
         """A fingerprint of all that decides what comes out."""
         digest = hashlib.sha256()
-        for text in (*self.identity, *_FLAGS, str(sanitize), *_headers_of(self.csrc)):
+        for text in (*self.identity, *_FLAGS, *_headers_of(self.csrc)):
             digest.update(text.encode() + b"\0")
         for source in sources:
-            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+            sanitized = str(bool(self.sanitizers(source, sanitize)))
+            digest.update(f"{source.name} {sanitized}".encode() + source.read_bytes() + b"\0")
         return digest.hexdigest()[:32]
 
     def link(self, sources, output: Path, sanitize: bool, program: bool = False) -> Path:
@@ -254,7 +257,8 @@ class _Toolchain:
     def _object(self, source: Path, folder: Path, sanitize: bool) -> Path:
         output = folder / f"{source.stem}-{self.key([source], sanitize)}.o"
         if not output.exists():
-            self._run(output, [*self.flags(source, sanitize), "-c", str(source)])
+            own = self.sanitizers(source, sanitize)
+            self._run(output, [*self.flags(), *own, "-c", str(source)])
         return output
 
     def _run(self, output: Path, arguments) -> None:

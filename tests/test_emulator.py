@@ -5,9 +5,11 @@ under it: the tests that loop over the kernel table.
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,89 @@ def test_threads_at_once():
     assert all(torch.allclose(result, expected, atol=1e-4) for result in results)
 
 
+# --- what keeps the sources runnable here ---------------------------------------------------------
+
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+
+
+def sources_with(pattern, *allowed):
+    """Files of csrc/cuda that match, comments left out, apart from those allowed."""
+    found = []
+    for path in sorted(CUDA_SOURCES.rglob("*")):
+        name = path.relative_to(CUDA_SOURCES).as_posix()
+        if path.is_dir() or name.startswith(allowed):
+            continue
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        found += [name] if re.search(pattern, code) else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "pattern, allowed",
+    [
+        (r"FASTCONV_EMULATOR", ("ptx/", "launch.h")),
+        (r"\basm\b", ("ptx/",)),
+        (r"<<<|cudaLaunchKernel", ("launch.h",)),
+        (r"__shared__", ("launch.h",)),
+        (r"\batomic\w*\(", ("none",)),  # integers would do no harm, and none are needed
+        (r"cudaMalloc|cudaFree|cudaStreamSynchronize|cudaDeviceSynchronize", ("none",)),
+        (r"#include\s*<(torch|ATen|c10)/", ("none",)),
+    ],
+)
+def test_kernels_keep_the_rules(pattern, allowed):
+    assert CUDA_SOURCES.is_dir()
+    assert sources_with(pattern, *allowed) == []
+
+
+# --- beyond 2^31 elements -------------------------------------------------------------------------
+
+FAR = (65537, 32769)  # 2,147,581,953 elements: the last lies 98,304 beyond 2^31
+FAR_STEP = (65536, 32768)
+
+
+@pytest.fixture(scope="module")
+def far():
+    """One image of one channel; only its corners are ever touched: a few pages of memory."""
+    x = torch.empty(1, 1, *FAR, dtype=torch.bfloat16)
+    x[0, 0, 0, 0], x[0, 0, 0, -1], x[0, 0, -1, 0], x[0, 0, -1, -1] = 1, 2, 3, 4
+    return x
+
+
+@pytest.mark.parametrize("layout", support.FORMATS)
+@pytest.mark.parametrize("direction", ["fprop", "wgrad"])
+def test_convolution_reads_beyond_2_31_elements(far, direction, layout):
+    corners = torch.tensor([[[[1.0, 2], [3, 4]]]])
+    x = far.as_strided(far.shape, far.stride())
+    if layout == "NHWC":  # with one channel both layouts are the same bytes
+        x = far.as_strided(far.shape, (far.numel(), 1, FAR[1], 1))
+    w = torch.full((3, 1, 1, 1), 2.0, dtype=torch.bfloat16, requires_grad=direction == "wgrad")
+    ran = 0
+    for row in support.rows("conv2d", direction):
+        if row.backend != "emulator":
+            continue
+
+        def call():
+            out = ff.conv2d(x, w, stride=FAR_STEP)
+            if direction == "fprop":
+                return out
+            return torch.autograd.grad(out, w, torch.ones_like(out))[0]
+
+        result, reason = support.forced(row, call)
+        if reason:
+            continue
+        ran += 1
+        expected = 2 * corners.expand(1, 3, 2, 2) if direction == "fprop" else corners.sum()
+        assert (result.float() == expected).all(), f"{row.name}: {result}"
+    assert ran
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_pooling_reads_beyond_2_31_elements(far, name):
+    with fastconv.backend("emulator"):
+        out = getattr(ff, name)(far, 1, FAR_STEP)
+    assert out.flatten().tolist() == [1, 2, 3, 4]
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -246,6 +331,7 @@ def run_sanitized(*arguments, timeout):
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",  # CPython frees little when it ends
         "FASTCONV_EMULATOR_SANITIZE": "1",
+        "PYTHONPATH": str(Path(fastconv.__file__).parents[1]),
     }
     return subprocess.run(
         [sys.executable, *arguments],
