@@ -35,6 +35,8 @@ def extension(plan):
     # torch adds the C++ standard that its own headers ask for. -g0 undoes a Python built with -g.
     # Its wheels bring a libgomp.so.1, and -fopenmp asks for the same name: one runtime is loaded.
     host = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    if plan.cuda.build:
+        host.append(f'-DFASTCONV_CUDA_ARCHES="{plan.arches}"')
     nvcc = ["-O3", *(f"-Xcompiler={flag}" for flag in ["-fvisibility=hidden", "-Wall"])]
     made = kind(
         "fastconv._C",

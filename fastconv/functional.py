@@ -20,6 +20,7 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "conv2d",
+    "conv2d_max_pool2d",
     "conv_bn_relu",
     "interpolate",
     "max_pool2d",
@@ -40,6 +41,7 @@ def _operator(name):
 
 _conv2d = _operator("conv2d")
 _conv_bn_act = _operator("conv_bn_act")
+_conv2d_act_max_pool2d = _operator("conv2d_act_max_pool2d")
 _max_pool2d = _operator("max_pool2d")
 _max_pool2d_with_indices = _operator("max_pool2d_with_indices")
 _avg_pool2d = _operator("avg_pool2d")
@@ -348,6 +350,63 @@ def activation_name(activation):
             f"activation must be one of {', '.join(_ACTIVATIONS)} or None, but got {activation!r}"
         )
     return name
+
+
+@_overridable
+def conv2d_max_pool2d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation="relu",
+    pool_kernel_size=2,
+    pool_stride=None,
+    pool_padding=0,
+):
+    """max_pool2d(activation(conv2d(input, weight, bias))), for inference of small networks.
+
+    Where launches cost more than arithmetic (LeNet, batches of one) a CUDA kernel does all three;
+    elsewhere it is a convolution with the activation in its epilogue, then a pooling. Where
+    gradients are asked for it runs as its differentiable parts. float16 and bfloat16 are rounded
+    after the activation, while the parts round before it too: with "relu", "relu6" and None that
+    makes no difference.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as of :func:`conv2d`.
+        activation: as of :func:`conv_bn_relu`.
+        pool_kernel_size, pool_stride, pool_padding: as of :func:`max_pool2d`.
+
+    Returns:
+        (N, K, P, Q) of the pooling, channels_last when the input or the weight is.
+
+    Raises:
+        ValueError: for an unknown activation.
+        RuntimeError: as :func:`conv2d` and :func:`max_pool2d`.
+    """
+    activation = activation_name(activation)
+    op = "conv2d_max_pool2d"
+    _check_tensors(op, {"input": input, "weight": weight}, bias=bias)
+    stride = as_ints(op, "stride", stride)
+    dilation = as_ints(op, "dilation", dilation)
+    groups = _as_int(op, "groups", groups)
+    input, padding = resolve_padding(input, weight, stride, padding, dilation)
+    return _conv2d_act_max_pool2d(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        as_ints(op, "pool_kernel_size", pool_kernel_size),
+        () if pool_stride is None else as_ints(op, "pool_stride", pool_stride),
+        as_ints(op, "pool_padding", pool_padding),
+    )
 
 
 @_overridable

@@ -20,7 +20,8 @@ class KernelInfo(NamedTuple):
     """One row of the kernel table."""
 
     name: str  # unique: operation_algorithm_architecture_direction
-    op: str  # "conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "batch_norm"
+    # "conv2d", "conv2d_max_pool2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "batch_norm"
+    op: str
     direction: str  # "fprop", "dgrad", "wgrad", "bgrad" (the bias gradient)
     backend: str  # "cuda", "triton", "cpu", "emulator"
     arch: str  # the least it runs on: "portable", "avx2", "avx512", "sm_80", ...

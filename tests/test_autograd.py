@@ -561,10 +561,11 @@ def opcheck_samples(device):
     window = ([3, 2], [2, 2], [1, 0])
     pooled = (2, 4, 3, 2)
     samples = {name: [] for name in (
-        "conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bgrad", "conv_bn_act", "max_pool2d",
-        "max_pool2d_with_offsets", "max_pool2d_with_indices", "max_pool2d_backward", "avg_pool2d",
-        "avg_pool2d_backward", "adaptive_avg_pool2d", "adaptive_avg_pool2d_backward",
-        "batch_norm_training", "batch_norm_inference", "batch_norm_backward",
+        "conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bgrad", "conv_bn_act",
+        "conv2d_act_max_pool2d", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
+        "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "adaptive_avg_pool2d",
+        "adaptive_avg_pool2d_backward", "batch_norm_training", "batch_norm_inference",
+        "batch_norm_backward",
     )}  # fmt: skip
     for layout, last in (("NCHW", False), ("NHWC", True)):
 
@@ -580,6 +581,11 @@ def opcheck_samples(device):
             (*fixed, None, *norm, None, None, None, 1e-5, *tail, "relu"),
             (*fixed, *norm[:1], *norm, *norm, t(*out, grad=False), 1e-5, *tail, "silu"),
         ]  # fmt: skip
+        samples["conv2d_act_max_pool2d"] += [
+            (*fixed, None, *tail, "relu", [2, 2], [], [0, 0]),
+            (*fixed, norm[0], *tail, "silu", *window),
+            (t(*x), t(*w), r(*b), *tail, "relu", *window),
+        ]
         for name in ("max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices"):
             samples[name] += [
                 (t(*x), *window, [1, 1], True),

@@ -37,6 +37,7 @@ std::string refusal(const K& row, const typename K::Problem& problem, const Devi
   if (row.backend == Backend::kEmulator && !selection.backend_forced && selection.kernel.empty()) {
     return "runs only when asked for";
   }
+  if (row.backend == Backend::kCuda && !device.unsupported.empty()) return device.unsupported;
   if (std::string why = refuse_machine(row.arch, device); !why.empty()) return why;
   if (!(row.dtypes & bit(problem.dtype))) return std::string("dtype ") + name_of(problem.dtype);
   if (!(row.layouts & bit(problem.layout))) return std::string("layout ") + name_of(problem.layout);

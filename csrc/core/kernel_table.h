@@ -35,6 +35,7 @@ struct Device {
   int sm_arch = 0;                      // GPU: 80, 90, ...
   int sm_count = 0;                     // GPU
   int64_t shared_memory_per_block = 0;  // GPU: bytes, opt-in maximum
+  std::string unsupported;  // GPU: why no CUDA row of this build runs on it; empty: they do
 };
 
 // How a launch runs: on a CPU, which threads; on a GPU, which stream.

@@ -99,7 +99,7 @@ bool dtype_is_own(const at::Tensor& t) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
-Pool2dSizes check_pool2d(const char* op, const at::Tensor& input, SymIntArrayRef kernel_size,
+Pool2dSizes check_pool2d(const char* op, SymIntArrayRef in, SymIntArrayRef kernel_size,
                          SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                          bool ceil_mode) {
   Pool2dSizes sizes;
@@ -129,8 +129,7 @@ Pool2dSizes check_pool2d(const char* op, const at::Tensor& input, SymIntArrayRef
         ", kernel_size=", sizes.window[axis], " and dilation=", sizes.dilation[axis]);
   }
 
-  const int64_t rank = input.dim();
-  const auto in = input.sym_sizes();
+  const auto rank = static_cast<int64_t>(in.size());
   bool fits = rank == 3 || rank == 4;
   for (int64_t axis = rank == 4 ? 1 : 0; fits && axis < rank; ++axis) fits = in[axis] > 0;
   TORCH_CHECK(fits, op,
@@ -255,7 +254,13 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
 Pool2dSizes check_max_pool2d(const at::Tensor& input, SymIntArrayRef kernel_size,
                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                              bool ceil_mode) {
-  return check_pool2d("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode);
+  return check_max_pool2d(input.sym_sizes(), kernel_size, stride, padding, dilation, ceil_mode);
+}
+
+Pool2dSizes check_max_pool2d(SymIntArrayRef input_size, SymIntArrayRef kernel_size,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             bool ceil_mode) {
+  return check_pool2d("max_pool2d", input_size, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
 Pool2dSizes check_avg_pool2d(const at::Tensor& input, SymIntArrayRef kernel_size,
@@ -266,8 +271,8 @@ Pool2dSizes check_avg_pool2d(const at::Tensor& input, SymIntArrayRef kernel_size
   TORCH_CHECK_INDEX(input.dim() >= 3, "avg_pool2d: Expected 3D or 4D tensor, but got ",
                     size_text(input.sym_sizes()));
   const SymInt one = 1;
-  return check_pool2d("avg_pool2d", input, kernel_size, stride, padding, SymIntArrayRef(one),
-                      ceil_mode);
+  return check_pool2d("avg_pool2d", input.sym_sizes(), kernel_size, stride, padding,
+                      SymIntArrayRef(one), ceil_mode);
 }
 
 std::vector<SymInt> check_adaptive_avg_pool2d(const at::Tensor& input, SymIntArrayRef output_size) {

@@ -65,6 +65,10 @@ struct Pool2dSizes {
 Pool2dSizes check_max_pool2d(const at::Tensor& input, c10::SymIntArrayRef kernel_size,
                              c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                              c10::SymIntArrayRef dilation, bool ceil_mode);
+// The same for an input of which the size alone is known.
+Pool2dSizes check_max_pool2d(c10::SymIntArrayRef input_size, c10::SymIntArrayRef kernel_size,
+                             c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
+                             c10::SymIntArrayRef dilation, bool ceil_mode);
 Pool2dSizes check_avg_pool2d(const at::Tensor& input, c10::SymIntArrayRef kernel_size,
                              c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
                              bool ceil_mode, std::optional<int64_t> divisor_override);

@@ -236,6 +236,24 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   return apply_activation(residual ? y + *residual : y, act);
 }
 
+Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
+                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+  const bool differentiate = torch::autograd::compute_requires_grad(input, weight, bias) ||
+                             has_tangent(input) || has_tangent(weight) || has_tangent(bias);
+  if (!differentiate) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::conv2d_act_max_pool2d(input, weight, bias, stride, padding, dilation, groups,
+                                      activation, pool_kernel, pool_stride, pool_padding);
+  }
+  const Activation act = activation_of(activation);
+  const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  const SymInt one = 1;
+  return ops::max_pool2d(apply_activation(y, act), pool_kernel, pool_stride, pool_padding, one,
+                         /*ceil_mode=*/false);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
@@ -244,6 +262,7 @@ TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
   m.impl("conv2d_wgrad", &conv2d_wgrad);
   m.impl("conv2d_bgrad", &conv2d_bgrad);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
 }
 
 }  // namespace fastconv

@@ -13,6 +13,7 @@
 #include "torch/arguments.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
+#include "torch/ops.h"
 
 namespace fastconv {
 namespace {
@@ -54,6 +55,21 @@ Tensor empty_output(const Conv2dProblem& p, const Tensor& like, bool channels_la
   return at::empty({p.N, p.K, p.P(), p.Q()}, like.options(), memory_format(channels_last));
 }
 
+// Runs a forward row whose epilogue is at most a bias, an activation and a pooling.
+void run_forward(const Conv2dKernel& row, const Conv2dProblem& p, const Tensor& input,
+                 const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  if (out.numel() == 0) return;
+  const Tensor x = input.contiguous(memory_format(p.layout == Layout::kNHWC));
+  const Tensor w = weight.contiguous(memory_format(p.filter_layout == Layout::kNHWC));
+  const Tensor shift = bias ? as_accumulator(*bias) : Tensor();
+  Conv2dArgs args;
+  args.input = x.const_data_ptr();
+  args.filter = w.const_data_ptr();
+  args.shift = bias ? shift.const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  launch(row, p, args, out);
+}
+
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
               SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
               SymInt groups) {
@@ -76,16 +92,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
     return at::conv2d_symint(input, weight, bias, stride, padding, dilation, groups);
   }
   Tensor out = empty_output(p, input, channels_last);
-  if (out.numel() == 0) return out;
-  const Tensor x = input.contiguous(memory_format(channels_last));
-  const Tensor w = weight.contiguous(memory_format(filter_channels_last));
-  const Tensor shift = bias ? as_accumulator(*bias) : Tensor();
-  Conv2dArgs args;
-  args.input = x.const_data_ptr();
-  args.filter = w.const_data_ptr();
-  args.shift = bias ? shift.const_data_ptr() : nullptr;
-  args.out = out.mutable_data_ptr();
-  launch(*row, p, args, out);
+  run_forward(*row, p, input, weight, bias, out);
   return out;
 }
 
@@ -269,6 +276,85 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   return out;
 }
 
+// The row that convolves, activates and pools in one kernel, or null: none can, or a convolution
+// and a pooling are expected to take less time (a large convolution, on tensor cores).
+const Conv2dKernel* pick_fused(const Conv2dProblem& fused, const Conv2dProblem& conv,
+                               const Pool2dProblem& pool, const Tensor& like) {
+  const KernelTable& table = kernel_table();
+  const Selection& selection = current_selection();
+  const Device device = machine_of(like);
+  std::vector<Candidate> candidates;
+  const Conv2dKernel* row =
+      choose(table.conv2d, "conv2d_max_pool2d", Direction::kFprop, fused, device, selection,
+             selection.kernel.empty() ? nullptr : &candidates);
+  for (const Candidate& c : candidates) {
+    if (c.name != selection.kernel) continue;
+    if (row == nullptr) {
+      require_fallback_allowed("conv2d_max_pool2d fprop", describe(candidates),
+                               /*kernel_forced=*/true);
+    }
+    return row;
+  }
+  if (row == nullptr) return nullptr;
+  const Conv2dKernel* first =
+      choose(table.conv2d, "conv2d", Direction::kFprop, conv, device, selection);
+  const Pool2dKernel* second =
+      choose(table.pool2d, "max_pool2d", Direction::kFprop, pool, device, selection);
+  if (first == nullptr || second == nullptr) return row;
+  const double apart = first->cost(conv, device) + second->cost(pool, device);
+  return row->cost(fused, device) <= apart ? row : nullptr;
+}
+
+Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
+                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+  const Activation act = activation_of(activation);
+  const SymInt one = 1;
+  const auto pooled = [&](const Tensor& y) {
+    return ops::max_pool2d(y, pool_kernel, pool_stride, pool_padding, one, /*ceil_mode=*/false);
+  };
+  const auto aten_conv2d = [&] {
+    return apply_activation(
+        at::conv2d_symint(input, weight, bias, stride, padding, dilation, groups), act);
+  };
+  if (!is_own(input) || !is_own(weight) || aten_is_forced()) {
+    require_fallback_allowed("conv2d_max_pool2d", is_own(input) ? weight : input);
+    return pooled(aten_conv2d());
+  }
+  check_conv2d_ranks(input, weight);
+  if (input.dim() == 3) {
+    return conv2d_act_max_pool2d(input.unsqueeze(0), weight, bias, stride, padding, dilation,
+                                 groups, activation, pool_kernel, pool_stride, pool_padding)
+        .squeeze(0);
+  }
+  const Conv2dSizes sizes = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
+  const Pool2dSizes window = check_max_pool2d(SymIntArrayRef(sizes.output.data(), 4), pool_kernel,
+                                              pool_stride, pool_padding, one, /*ceil_mode=*/false);
+  const bool filter_channels_last = suggests_channels_last(weight);
+  const bool channels_last = filter_channels_last || suggests_channels_last(input);
+  Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
+                                 input, channels_last, filter_channels_last);
+  p.epilogue.shift = bias.has_value();
+  p.epilogue.activation = act;
+  const auto output_size = C10_AS_INTARRAYREF_SLOW(window.output);
+  Pool2dProblem pool =
+      pool2d_problem(PoolKind::kMax, {p.N, p.K, p.P(), p.Q()}, output_size, p.dtype, channels_last);
+  set_window(pool, window);
+  Conv2dProblem fused = p;
+  fused.epilogue.pool = {pool.R, pool.S, pool.stride_h, pool.stride_w, pool.pad_h, pool.pad_w};
+  if (const Conv2dKernel* row = pick_fused(fused, p, pool, input)) {
+    Tensor out = at::empty(output_size, input.options(), memory_format(channels_last));
+    run_forward(*row, fused, input, weight, bias, out);
+    return out;
+  }
+  const Conv2dKernel* row = pick_conv2d(Direction::kFprop, p, input);
+  if (row == nullptr) return pooled(aten_conv2d());
+  Tensor y = empty_output(p, input, channels_last);
+  run_forward(*row, p, input, weight, bias, y);
+  return pooled(y);
+}
+
 }  // namespace
 
 Explanation explain_conv2d(Direction direction, const Tensor& input, const Tensor& weight,
@@ -293,13 +379,14 @@ Explanation explain_conv2d(Direction direction, const Tensor& input, const Tenso
       make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups, input,
                    filter_channels_last || suggests_channels_last(input), filter_channels_last);
   p.epilogue.shift = bias.has_value() && direction == Direction::kFprop;
-  const Conv2dKernel* row = choose(kernel_table().conv2d, "conv2d", direction, p, machine_of(input),
+  const Device device = machine_of(input);
+  const Conv2dKernel* row = choose(kernel_table().conv2d, "conv2d", direction, p, device,
                                    current_selection(), &explanation.candidates);
   if (row != nullptr) {
     explanation.chosen = row->name;
   } else {
     explanation.reason =
-        aten_is_forced() ? "backend aten is forced" : describe(explanation.candidates);
+        aten_is_forced() ? "backend aten is forced" : why_none(explanation.candidates, device);
   }
   return explanation;
 }
@@ -308,13 +395,15 @@ Explanation explain_conv2d(Direction direction, const Tensor& input, const Tenso
 TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
 }
 #define FASTCONV_CONV2D_IMPLS(m)         \
   m.impl("conv2d", &conv2d);             \
   m.impl("conv2d_dgrad", &conv2d_dgrad); \
   m.impl("conv2d_wgrad", &conv2d_wgrad); \
   m.impl("conv2d_bgrad", &conv2d_bgrad); \
-  m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("conv_bn_act", &conv_bn_act);   \
+  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
 TORCH_LIBRARY_IMPL(fastconv, CPU, m){FASTCONV_CONV2D_IMPLS(m)} TORCH_LIBRARY_IMPL(fastconv, CUDA,
                                                                                   m) {
   FASTCONV_CONV2D_IMPLS(m)

@@ -6,10 +6,15 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
-#include <mutex>
+#include <string>
 #include <vector>
 
+#include "core/arches.h"
 #include "core/kernel_table.h"
+
+#ifndef FASTCONV_CUDA_ARCHES
+#define FASTCONV_CUDA_ARCHES ""  // unknown: every card is tried
+#endif
 
 namespace fastconv {
 namespace {
@@ -26,21 +31,33 @@ Device read_properties(int index) {
                    attribute(cudaDevAttrComputeCapabilityMinor);
   device.sm_count = attribute(cudaDevAttrMultiProcessorCount);
   device.shared_memory_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (!refuse_architecture(FASTCONV_CUDA_ARCHES, device.sm_arch, "").empty()) {
+    cudaDeviceProp properties;  // for the name: filling it takes milliseconds
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
+    device.unsupported = refuse_architecture(FASTCONV_CUDA_ARCHES, device.sm_arch, properties.name);
+  }
   return device;
+}
+
+// Of every card, read once: an attribute costs a driver call. None of this makes a context, so that
+// a process that computes on cuda:1 takes no memory on cuda:0.
+const std::vector<Device>& devices() {
+  static const std::vector<Device> all = [] {
+    std::vector<Device> found;
+    for (int i = 0; i < c10::cuda::device_count(); ++i) found.push_back(read_properties(i));
+    return found;
+  }();
+  return all;
 }
 
 }  // namespace
 
 Device cuda_machine_of(const at::Tensor& t) {
-  static std::mutex mutex;
-  static std::vector<Device> devices;  // read once: an attribute costs a driver call
-  std::lock_guard<std::mutex> lock(mutex);
-  if (devices.empty()) {
-    for (int i = 0; i < c10::cuda::device_count(); ++i) devices.push_back(read_properties(i));
-  }
-  return devices.at(t.get_device());
+  return devices().at(static_cast<size_t>(t.get_device()));
 }
 
+// The stream is the current one of the tensor's device, which need not be the current device;
+// launch() has made that current before it comes here.
 Context cuda_context_of(const at::Tensor& t) {
   Context context;
   context.stream = c10::cuda::getCurrentCUDAStream(t.get_device()).stream();

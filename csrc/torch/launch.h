@@ -40,6 +40,10 @@ void require_fallback_allowed(const std::string& what, const std::string& why, b
 void require_fallback_allowed(const std::string& op, const at::Tensor& input);
 
 std::string describe(const std::vector<Candidate>& candidates);
+// Why no row runs: what stands against the whole machine, else what stands against each row.
+inline std::string why_none(const std::vector<Candidate>& candidates, const Device& device) {
+  return device.unsupported.empty() ? describe(candidates) : device.unsupported;
+}
 bool aten_is_forced();
 
 // The row that runs, or null when ATen is to run.
@@ -55,7 +59,8 @@ const K* pick(const std::vector<K>& rows, const std::string& op, Direction direc
   choose(rows, op, direction, problem, device, selection, &candidates);
   bool kernel_forced = false;
   for (const Candidate& c : candidates) kernel_forced |= c.name == selection.kernel;
-  require_fallback_allowed(op + " " + name_of(direction), describe(candidates), kernel_forced);
+  require_fallback_allowed(op + " " + name_of(direction), why_none(candidates, device),
+                           kernel_forced);
   return nullptr;
 }
 

@@ -56,6 +56,25 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   return out;
 }
 
+Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
+                  SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode);
+
+Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
+                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+  activation_of(activation);
+  check_conv2d_ranks(input, weight);
+  if (input.dim() == 3) {
+    return conv2d_act_max_pool2d(input.unsqueeze(0), weight, bias, stride, padding, dilation,
+                                 groups, activation, pool_kernel, pool_stride, pool_padding)
+        .squeeze(0);
+  }
+  const SymInt one = 1;
+  return max_pool2d(conv2d(input, weight, bias, stride, padding, dilation, groups), pool_kernel,
+                    pool_stride, pool_padding, one, /*ceil_mode=*/false);
+}
+
 Tensor empty_gradient(const Tensor& grad, SymIntArrayRef size, bool channels_last) {
   return at::empty_symint(size, grad.options(), memory_format(channels_last));
 }
@@ -182,6 +201,7 @@ TORCH_LIBRARY_IMPL(fastconv, Meta, m) {
   m.impl("conv2d_wgrad", &conv2d_wgrad);
   m.impl("conv2d_bgrad", &conv2d_bgrad);
   m.impl("conv_bn_act", &conv_bn_act);
+  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
   m.impl("max_pool2d", &max_pool2d);
   m.impl("max_pool2d_with_offsets", &max_pool2d_with_offsets);
   m.impl("max_pool2d_with_indices", &max_pool2d_with_indices);

@@ -6,6 +6,7 @@
 
 #include <map>
 
+#include "core/arches.h"
 #include "cpu/isa.h"
 #include "torch/arguments.h"
 #include "torch/explain.h"
@@ -129,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_selection", &get_selection);
   m.def("set_selection", &set_selection);
   m.def("load_emulator", &load_emulator);
+  m.def("refuse_architecture", &refuse_architecture);
   m.def("cpu_isa", [] { return std::string(name_of(host_isa())); });
 #ifdef FASTCONV_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -48,6 +48,14 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                 stride, padding, dilation, std::move(groups), activation);
 }
 
+Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
+                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+  FASTCONV_CALL(conv2d_act_max_pool2d, input, weight, bias, stride, padding, dilation,
+                std::move(groups), activation, pool_kernel, pool_stride, pool_padding);
+}
+
 Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
                   SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode) {
   FASTCONV_CALL(max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode);

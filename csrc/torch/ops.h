@@ -33,6 +33,10 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    const OptionalTensor& bn_bias, const OptionalTensor& residual, double eps,
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                    SymInt groups, std::string_view activation);
+Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
+                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding);
 
 Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
                   SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode);

@@ -20,6 +20,12 @@ TORCH_LIBRARY(fastconv, m) {
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation) -> Tensor");
 
+  // Inference of small nets: max_pool2d(activation(conv2d(input))) in one kernel.
+  m.def(
+      "conv2d_act_max_pool2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
+      "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation, "
+      "SymInt[2] pool_kernel, SymInt[2] pool_stride, SymInt[2] pool_padding) -> Tensor");
+
   // An empty stride means: as kernel_size.
   m.def(
       "max_pool2d(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "

@@ -1,0 +1,144 @@
+"""Runs every CUDA row once or twice, each forced, and compares with PyTorch on the CPU in float64.
+
+A smoke test for a GPU, and with --small a program short enough for compute-sanitizer. --emulated
+runs the same rows on the CPU. Ends with status 1 when a row is wrong or nothing ran.
+"""
+
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import fastconv
+import fastconv.functional as ff
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# (input, weight, options); the small ones come first.
+CONVOLUTIONS = [
+    ((2, 8, 9, 10), (16, 8, 3, 3), {"padding": 1}),
+    ((1, 3, 12, 12), (8, 3, 7, 7), {"stride": 2, "padding": 3}),
+    ((2, 16, 7, 7), (24, 16, 1, 1), {}),
+    ((2, 8, 9, 9), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
+    ((2, 12, 9, 9), (8, 6, 3, 3), {"dilation": 2, "groups": 2}),
+    ((8, 64, 28, 28), (96, 64, 3, 3), {"padding": 1}),
+    ((4, 128, 14, 14), (256, 128, 1, 1), {}),
+    ((4, 64, 28, 28), (64, 1, 5, 5), {"padding": 2, "groups": 64}),
+]
+IMAGES = [(2, 8, 9, 10), (3, 5, 7, 7), (8, 64, 56, 56), (4, 2048, 7, 7)]
+
+
+def convolution(module, x, w, b, options):
+    return module.conv2d(x, w, b, **options)
+
+
+def fused(module, x, w, b, options):
+    if module is ff:
+        return ff.conv2d_max_pool2d(x, w, b, **options)
+    return F.max_pool2d(F.relu(F.conv2d(x, w, b, **options)), 2)
+
+
+def max_pool(module, x):
+    return module.max_pool2d(x, 3, 2, 1)
+
+
+def average(module, x):
+    return module.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+
+
+def adaptive(module, x):
+    return module.adaptive_avg_pool2d(x, 1)
+
+
+def norm(module, x):
+    return module.batch_norm(x, None, None, training=True)
+
+
+CALLS = {
+    "conv2d": convolution,
+    "conv2d_max_pool2d": fused,
+    "max_pool2d": max_pool,
+    "avg_pool2d": average,
+    "adaptive_avg_pool2d": adaptive,
+    "batch_norm": norm,
+}
+
+
+def problems(row, small: bool):
+    """(name, function of a module and leaves, leaves, options), on the CPU in float64."""
+    call = CALLS[row.op]
+    if row.op.startswith("conv2d"):
+        for size, weight, options in CONVOLUTIONS[: 5 if small else None]:
+            leaves = torch.randn(size), torch.randn(weight) / 4, torch.randn(weight[0])
+            yield f"{size} * {weight}", call, leaves, (options,)
+    else:
+        for size in IMAGES[: 2 if small else None]:
+            yield f"{size}", call, (torch.randn(size),), ()
+
+
+def results(row, call, module, leaves, arguments):
+    """What `row` computes: the output, or the gradient of its direction."""
+    if row.direction == "fprop":
+        with torch.inference_mode():
+            return call(module, *leaves, *arguments)
+    which = {"dgrad": 0, "wgrad": 1, "bgrad": 2}[row.direction]
+    leaves = [t.detach().requires_grad_(i == which) for i, t in enumerate(leaves)]
+    out = call(module, *leaves, *arguments)
+    weights = torch.arange(out.numel(), dtype=torch.float64).remainder(7).sub(3)
+    grad = weights.view(out.shape).to(out.device, out.dtype)
+    return torch.autograd.grad(out, leaves[which], grad)[0]
+
+
+def check(row, device: str, small: bool) -> tuple[int, list[str]]:
+    ran, wrong = 0, []
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            for name, call, leaves, arguments in problems(row, small):
+                leaves = [t.to(dtype) for t in leaves]
+                expected = results(row, call, F, [t.double() for t in leaves], arguments)
+                leaves = [
+                    t.to(device, memory_format=layout) if t.dim() == 4 else t.to(device)
+                    for t in leaves
+                ]
+                try:
+                    with fastconv.kernel(row.name):
+                        got = results(row, call, ff, leaves, arguments).double().cpu()
+                except RuntimeError as error:
+                    if f"kernel {row.name} is forced and cannot run" in str(error):
+                        continue
+                    raise
+                ran += 1
+                # A sum of n products errs by less than n times a rounding of the largest; what
+                # is wrong is wrong by far more. The tests hold the exact contract.
+                allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
+                error = (got - expected).abs().max().item()
+                if not error <= allowed:
+                    wrong.append(f"{row.name} {dtype} {layout} {name}: {error} > {allowed}")
+    return ran, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--small", action="store_true", help="the first few problems alone")
+    parser.add_argument("--emulated", action="store_true", help="on the CPU, by the emulator")
+    arguments = parser.parse_args()
+    backend, device = ("emulator", "cpu") if arguments.emulated else ("cuda", "cuda")
+    if arguments.emulated:
+        fastconv.emulator.load()
+    torch.manual_seed(0)
+    total, faults = 0, []
+    for row in fastconv.kernels():
+        if row.backend != backend:
+            continue
+        ran, wrong = check(row, device, arguments.small)
+        print(f"{row.name:<48} {ran:>4} runs, {len(wrong)} wrong")
+        total += ran
+        faults += wrong
+    print("\n".join(faults + [f"{total} runs, {len(faults)} wrong"]))
+    return 0 if total and not faults else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

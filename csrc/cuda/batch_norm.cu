@@ -1,0 +1,269 @@
+// BatchNorm and its gradients.
+//
+// Two sums a channel first: the moments of the input (fprop, training) or the sums of grad and of
+// grad * (input - mean) (dgrad). Blocks sum slices of the data, a small kernel joins the slices and
+// makes each channel's few coefficients, and a last one computes every element from them. Inference
+// is the last one alone.
+//
+// Rows (NHWC): a warp spans up to 32 packs of channels of one row and each thread keeps its
+// channels. Planes (NCHW): a block has one channel and its threads split the plane's packs.
+#include <cmath>
+#include <string>
+#include <type_traits>
+
+#include "cuda/batch_norm_sums.h"
+#include "cuda/limits.h"
+#include "cuda/table.h"
+
+namespace fastconv {
+namespace cuda {
+namespace {
+
+constexpr const char* kFpropName = "batch_norm_sm80_fprop";
+constexpr const char* kDgradName = "batch_norm_sm80_dgrad";
+constexpr int kThreads = kNormThreads;
+
+// ---- The second step -----------------------------------------------------------------------
+
+template <class A, bool kDgrad>
+struct Coefficients {
+  A k[kDgrad ? 4 : 3];
+
+  __device__ void load(const NormParams& t, int c) {
+    if (t.coefficients != nullptr) {
+#pragma unroll
+      for (int i = 0; i < (kDgrad ? 4 : 3); ++i) {
+        k[i] = static_cast<const A*>(t.coefficients)[int64_t{t.C} * i + c];
+      }
+    } else if constexpr (!kDgrad) {
+      k[0] = static_cast<const A*>(t.mean_in)[c];
+      k[1] = channel_value<A>(t.weight, c, A(1)) /
+             std::sqrt(static_cast<const A*>(t.var_in)[c] + static_cast<A>(t.eps));
+      k[2] = channel_value<A>(t.bias, c, A(0));
+    }
+  }
+  __device__ A at(bool training, A x, [[maybe_unused]] A dy) const {
+    if constexpr (!kDgrad)
+      return (x - k[0]) * k[1] + k[2];
+    else
+      return training ? ((dy - k[1]) - (x - k[0]) * k[2]) * k[3] : dy * k[3];
+  }
+};
+
+// Rows: a thread keeps its channels' coefficients over several rows.
+template <class T, int kVector, bool kDgrad>
+__global__ void __launch_bounds__(kThreads) batch_norm_rows_kernel(const NormParams t) {
+  using A = accumulator_t<T>;
+  const int lanes = 1 << t.lanes_log2, rows = kThreads >> t.lanes_log2;
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const int row_lane = static_cast<int>(threadIdx.x) >> t.lanes_log2;
+  const T* input = static_cast<const T*>(t.input);
+  const T* grad = static_cast<const T*>(t.grad);
+  for (int64_t block = blockIdx.x; block < t.blocks; block += gridDim.x) {
+    const Division part = divide(block, t.groups);
+    const int c0 = (part.remainder * lanes + lane) * kVector;
+    if (c0 >= t.C) continue;
+    Coefficients<A, kDgrad> k[kVector];
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) k[e].load(t, c0 + e);
+    const int64_t begin = part.quotient * t.rows_of_block;
+    const int64_t end = min(begin + t.rows_of_block, t.extent);
+#pragma unroll 2
+    for (int64_t row = begin + row_lane; row < end; row += rows) {
+      const int64_t offset = row * t.C + c0;
+      Pack<T, kVector> x = {}, dy = {}, y;
+      if (!kDgrad || t.training) x = load_pack<T, kVector>(input + offset);
+      if constexpr (kDgrad) dy = load_pack<T, kVector>(grad + offset);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        y.at[e] = narrow<T>(k[e].at(t.training, widen(x.at[e]), widen(dy.at[e])));
+      }
+      store_pack(static_cast<T*>(t.out) + offset, y);
+    }
+  }
+}
+
+// Planes: a thread takes one pack of the whole tensor. With planes of 7 x 7 a pack may end in the
+// next one: its elements then go one by one, from L1, as those of a last pack that is not full.
+// Planes are no smaller than a pack, so that none spans three.
+template <class T, int kVector, bool kDgrad>
+__global__ void __launch_bounds__(kThreads) batch_norm_planes_kernel(const NormParams t) {
+  using A = accumulator_t<T>;
+  const T* input = static_cast<const T*>(t.input);
+  const T* grad = static_cast<const T*>(t.grad);
+  T* out = static_cast<T*>(t.out);
+  const int64_t elements = t.extent * t.C;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < t.blocks;
+       i += gridDim.x * int64_t{kThreads}) {
+    const int64_t first = i * kVector;
+    // A plane may be longer than 2^31; then there are few of them, and the division is no matter.
+    const bool small = t.plane <= 0x7fffffff;
+    const int64_t plane =
+        small ? divide(first, static_cast<int>(t.plane)).quotient : first / t.plane;
+    const int c = divide(plane, t.C).remainder;
+    const int64_t here = (plane + 1) * t.plane - first;  // elements of channel c from `first` on
+    Coefficients<A, kDgrad> k;
+    k.load(t, c);
+    if (kVector == 1 || (here >= kVector && first + kVector <= elements)) {
+      Pack<T, kVector> x = {}, dy = {}, y;
+      if (!kDgrad || t.training) x = load_pack<T, kVector>(input + first);
+      if constexpr (kDgrad) dy = load_pack<T, kVector>(grad + first);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        y.at[e] = narrow<T>(k.at(t.training, widen(x.at[e]), widen(dy.at[e])));
+      }
+      store_pack(out + first, y);
+      continue;
+    }
+    const int count = static_cast<int>(min(int64_t{kVector}, elements - first));
+#pragma unroll 1
+    for (int e = 0; e < count; ++e) {
+      if (e == here) k.load(t, c + 1 < t.C ? c + 1 : 0);
+      const T dy = kDgrad ? grad[first + e] : T();
+      out[first + e] = narrow<T>(k.at(t.training, widen(input[first + e]), widen(dy)));
+    }
+  }
+}
+
+// ---- Launches ------------------------------------------------------------------------------
+
+NormParams parameters_of(const BatchNormProblem& p, const BatchNormArgs& a,
+                         const BatchNormPlan& plan, int vector) {
+  NormParams t = {};
+  t.input = a.input;
+  t.grad = a.grad;
+  t.weight = a.weight;
+  t.bias = a.bias;
+  t.mean_in = a.mean_in;
+  t.var_in = a.var_in;
+  t.out = a.out;
+  t.mean_out = a.mean_out;
+  t.var_out = a.var_out;
+  t.grad_weight = a.grad_weight;
+  t.grad_bias = a.grad_bias;
+  if (a.workspace != nullptr) {
+    double* sums = static_cast<double*>(a.workspace);
+    t.first = sums;
+    t.second = sums + plan.sums();
+    t.pivot = sums + 2 * plan.sums();
+    t.coefficients = sums + 2 * plan.sums() + plan.C;
+  }
+  t.extent = plan.extent;
+  t.per_slice = plan.per_slice;
+  t.plane_packs = plan.HW / vector;
+  t.plane = plan.HW;
+  t.slices = static_cast<int>(plan.slices);
+  t.C = static_cast<int>(plan.C);
+  const int packs = t.C / vector;
+  while (t.lanes_log2 < 5 && (1 << t.lanes_log2) < packs) ++t.lanes_log2;
+  t.groups = (packs + (1 << t.lanes_log2) - 1) >> t.lanes_log2;
+  t.eps = p.eps;
+  t.training = p.training;
+  return t;
+}
+
+template <class T, int kVector, bool kDgrad>
+void launch_sums(const char* name, const BatchNormPlan& plan, NormParams t, void* stream) {
+  using A = accumulator_t<T>;
+  t.blocks = plan.slices * (plan.by_rows ? t.groups : t.C);
+  const int values = plan.by_rows ? kVector : 1;
+  const int64_t shared =
+      SharedSums<SumType<A, kDgrad>, kDgrad>(SharedCarver(), kThreads * values).bytes;
+  launch_kernel({name, std::min(t.blocks, kMaxBlocks), kThreads, stream, shared},
+                plan.by_rows ? &batch_norm_sums_of_rows_kernel<T, kVector, kDgrad>
+                             : &batch_norm_sums_of_planes_kernel<T, kVector, kDgrad>,
+                t);
+  SharedCarver carve;
+  carve.take<double>(kThreads);
+  t.blocks = (plan.C + kJoinedChannels - 1) / kJoinedChannels;
+  launch_kernel({name, t.blocks, kThreads, stream, carve.bytes()},
+                &batch_norm_join_kernel<A, kDgrad>, t);
+}
+
+template <class T, int kVector, bool kDgrad>
+void launch_second_step(const char* name, const BatchNormPlan& plan, NormParams t, void* stream) {
+  if (!plan.by_rows) {
+    t.blocks = (plan.extent * plan.C + kVector - 1) / kVector;
+    launch_kernel({name, blocks_for(t.blocks, kThreads), kThreads, stream},
+                  &batch_norm_planes_kernel<T, kVector, kDgrad>, t);
+    return;
+  }
+  // 8 rows a thread, or 2 while that leaves fewer threads than an H200 holds (270,000).
+  const int64_t row_lanes = kThreads >> t.lanes_log2;
+  const bool large = plan.extent * plan.C / kVector >= 8 * 270000;
+  t.rows_of_block = row_lanes * (large ? 8 : 2);
+  t.blocks = (plan.extent + t.rows_of_block - 1) / t.rows_of_block * t.groups;
+  launch_kernel({name, std::min(t.blocks, kMaxBlocks), kThreads, stream},
+                &batch_norm_rows_kernel<T, kVector, kDgrad>, t);
+}
+
+template <bool kDgrad>
+void launch(const BatchNormProblem& p, const BatchNormArgs& a, const Context& context) {
+  if (p.elements() == 0) return;
+  const char* name = kDgrad ? kDgradName : kFpropName;
+  const BatchNormPlan plan(p);
+  dispatch_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kPack = kPackSize<T>;
+    bool aligned = true;
+    for (const void* tensor : {a.input, a.grad, static_cast<const void*>(a.out)}) {
+      aligned = aligned && is_aligned(tensor, kPackBytes);
+    }
+    // Calls f(vector) with a compile-time constant: packs, or elements one by one.
+    const auto vectors = [](bool packs, auto f) {
+      if (packs) {
+        f(std::integral_constant<int, kPack>{});
+      } else {
+        f(std::integral_constant<int, 1>{});
+      }
+    };
+    const bool whole = aligned && (plan.by_rows ? plan.C : plan.HW) % kPack == 0;
+    if (kDgrad || p.training) {
+      vectors(whole, [&](auto vector) {
+        constexpr int kVector = decltype(vector)::value;
+        const NormParams t = parameters_of(p, a, plan, kVector);
+        launch_sums<T, kVector, kDgrad>(name, plan, t, context.stream);
+      });
+    }
+    if (a.out == nullptr) return;
+    vectors(plan.by_rows ? whole : aligned && plan.HW >= kPack, [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value;
+      const NormParams t = parameters_of(p, a, plan, kVector);
+      launch_second_step<T, kVector, kDgrad>(name, plan, t, context.stream);
+    });
+  });
+}
+
+BatchNormKernel row_of(const char* name, Direction direction) {
+  BatchNormKernel row;
+  row.name = name;
+  row.op = "batch_norm";
+  row.direction = direction;
+  row.backend = Backend::kCuda;
+  row.arch = "sm_80";
+  row.dtypes = kAllDTypes;
+  row.layouts = kAllLayouts;
+  row.supports = [](const BatchNormProblem& p, const Device&) {
+    return refuse_beyond_int({{"C", p.C + 32 * kPackBytes}});
+  };
+  row.cost = [direction](const BatchNormProblem& p, const Device& device) {
+    const bool sums = direction == Direction::kDgrad || p.training;
+    return expected_us(p.bytes() * (sums ? 1.5 : 1), 0, 1, device) + (sums ? 6 : 0);
+  };
+  row.workspace = [direction](const BatchNormProblem& p, const Device&) -> size_t {
+    if (direction == Direction::kFprop && !p.training) return 0;
+    return BatchNormPlan(p).workspace();
+  };
+  row.launch = direction == Direction::kFprop ? launch<false> : launch<true>;
+  return row;
+}
+
+}  // namespace
+}  // namespace cuda
+
+void add_cuda_batch_norm_rows(KernelTable& table) {
+  table.batch_norm.push_back(cuda::row_of(cuda::kFpropName, Direction::kFprop));
+  table.batch_norm.push_back(cuda::row_of(cuda::kDgradName, Direction::kDgrad));
+}
+
+}  // namespace fastconv
