@@ -27,7 +27,7 @@ __device__ inline Window window_at(const ConvParams& t, int64_t index) {
 
 // kVector > 1: channels are contiguous and 16-byte aligned in input and filter.
 template <class T, int kFilters, int kVector>
-__global__ void __launch_bounds__(kDirectThreads)
+__global__ void __launch_bounds__(kDirectThreads, 3)
     conv2d_direct_fprop_kernel(const ConvParams t, const DirectPlan plan) {
   using A = accumulator_t<T>;
   for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kDirectThreads)
           x[i] = input + (inside[i] ? windows[i].image + h * t.in.h + w * t.in.w : 0);
         }
         const int64_t tap = r * t.flt.h + s * t.flt.w;
+        A part[kFilters][kPixels] = {};  // of one tap: a plain sum of thousands loses digits
 #pragma unroll 1  // four copies of the body would take 168 registers and spill
         for (int c = 0; c < t.c_per_group; c += kVector) {
           Pack<T, kVector> f[kFilters], v[kPixels];
@@ -77,10 +78,15 @@ __global__ void __launch_bounds__(kDirectThreads)
             for (int j = 0; j < kFilters; ++j) {
 #pragma unroll
               for (int i = 0; i < kPixels; ++i) {
-                sum[j][i] += widen(f[j].at[e]) * widen(v[i].at[e]);
+                part[j][i] += widen(f[j].at[e]) * widen(v[i].at[e]);
               }
             }
           }
+        }
+#pragma unroll
+        for (int j = 0; j < kFilters; ++j) {
+#pragma unroll
+          for (int i = 0; i < kPixels; ++i) sum[j][i] += part[j][i];
         }
       }
     }
@@ -125,8 +131,9 @@ void add_cuda_conv2d_direct_fprop_rows(KernelTable& table) {
     return cuda::refuse_conv_beyond_int(p, 32 * cuda::kDirectChannels);
   };
   row.cost = [](const Conv2dProblem& p, const Device& device) {
-    // Loads, conversions and predicates leave about a fifth of the issue slots to multiply-adds.
-    return cuda::expected_us(p.bytes(), p.flops(), 0.2, device);
+    const cuda::DirectPlan plan =
+        cuda::direct_plan_of(p.layout, p.G, p.K / p.G, p.N * p.P() * p.Q());
+    return cuda::direct_us(p, plan, p.C / p.G * p.R * p.S, 0.2, device);
   };
   row.launch = [](const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
     cuda::dispatch_element(p.dtype, [&](auto element) {

@@ -5,7 +5,19 @@
 
 namespace fastconv {
 
-void add_cuda_conv2d_direct_rows(KernelTable& table);  // conv2d_direct_fprop.cu: any problem
-void add_cuda_max_pool2d_rows(KernelTable& table);     // max_pool2d.cu
+// Convolution: from specialised to general; the last row of each direction takes any problem.
+void add_cuda_conv2d_small_channel_rows(KernelTable& table);  // fprop
+void add_cuda_conv2d_depthwise_rows(KernelTable& table);      // fprop and dgrad
+void add_cuda_conv2d_depthwise_wgrad_rows(KernelTable& table);
+void add_cuda_conv2d_tiled_rows(KernelTable& table);  // fprop and dgrad, 1x1 too
+void add_cuda_conv2d_tiled_wgrad_rows(KernelTable& table);
+void add_cuda_conv2d_direct_fprop_rows(KernelTable& table);
+void add_cuda_conv2d_direct_dgrad_rows(KernelTable& table);
+void add_cuda_conv2d_direct_wgrad_rows(KernelTable& table);
+void add_cuda_conv2d_bgrad_rows(KernelTable& table);
+void add_cuda_conv2d_max_pool2d_rows(KernelTable& table);
+void add_cuda_max_pool2d_rows(KernelTable& table);  // max_pool2d.cu
+void add_cuda_avg_pool2d_rows(KernelTable& table);  // avg_pool2d.cu: adaptive too
+void add_cuda_batch_norm_rows(KernelTable& table);  // batch_norm.cu
 
 }  // namespace fastconv
