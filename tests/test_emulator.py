@@ -86,13 +86,14 @@ def test_fused_calls_are_one_launch(layout):
     x = x.contiguous(memory_format=support.FORMATS[layout])
     w = w.contiguous(memory_format=support.FORMATS[layout])
     mean, var, residual = torch.randn(16), torch.rand(16) + 0.5, torch.randn(2, 16, 9, 9)
+    lenet = torch.randn(4, 1, 28, 28), torch.randn(6, 1, 5, 5), torch.randn(6)
     calls = {
         "bias": lambda: ff.conv2d(x, w, b, padding=1),
         "BatchNorm, ReLU": lambda: ff.conv_bn_relu(x, w, b, mean, var, b, b, padding=1),
         "residual": lambda: ff.conv_bn_relu(
             x, w, None, mean, var, b, b, residual=residual, padding=1, activation="silu"
         ),
-        "pooling": lambda: ff.conv2d_max_pool2d(x, w, b, padding=1),
+        "pooling": lambda: ff.conv2d_max_pool2d(*lenet, padding=2),
         "max pooling with positions": lambda: ff.max_pool2d(x, 2, return_indices=True),
         "global average": lambda: ff.adaptive_avg_pool2d(x, 1),
         "BatchNorm of fixed statistics": lambda: ff.batch_norm(x, mean[:8], var[:8]),

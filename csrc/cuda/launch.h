@@ -106,7 +106,11 @@ class SharedCarver {
   template <class T>
   FASTCONV_HOST_DEVICE T* take(int64_t count, int64_t alignment = 16) {
     offset_ = (offset_ + alignment - 1) / alignment * alignment;
+#ifdef __CUDA_ARCH__
+    unsigned char* at = base_ + offset_;  // a test for null would hide that this is shared memory
+#else
     unsigned char* at = base_ == nullptr ? nullptr : base_ + offset_;
+#endif
     offset_ += count * static_cast<int64_t>(sizeof(T));
 #ifdef FASTCONV_EMULATOR
     if (base_ != nullptr) emulator::poison_gap(base_ + offset_, emulator::kSharedGap);

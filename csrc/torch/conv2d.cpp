@@ -301,7 +301,8 @@ const Conv2dKernel* pick_fused(const Conv2dProblem& fused, const Conv2dProblem& 
   const Pool2dKernel* second =
       choose(table.pool2d, "max_pool2d", Direction::kFprop, pool, device, selection);
   if (first == nullptr || second == nullptr) return row;
-  const double apart = first->cost(conv, device) + second->cost(pool, device);
+  constexpr double kSecondOperator = 5;  // us that a further operator takes the host
+  const double apart = first->cost(conv, device) + second->cost(pool, device) + kSecondOperator;
   return row->cost(fused, device) <= apart ? row : nullptr;
 }
 
