@@ -142,9 +142,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   const BatchNormKernel* row =
       input.numel() > 0 ? pick_batch_norm(Direction::kDgrad, dense.problem, input) : nullptr;
   if (row == nullptr && input.numel() > 0) {
-    const Tensor invstd = at::rsqrt(as_accumulator(var) + eps);
-    return at::native_batch_norm_backward(grad, input, weight, mean, var, as_accumulator(mean),
-                                          invstd, training, eps, output_mask);
+    // On the CPU, ATen wants statistics of the weight's type; without a weight, all of one type.
+    const auto type = !input.is_cpu() ? accumulator_type(input)
+                      : weight        ? weight->scalar_type()
+                                      : mean.scalar_type();
+    const Tensor invstd = at::rsqrt(as_accumulator(var) + eps).to(type);
+    const Tensor m = mean.to(type), v = var.to(type);
+    return at::native_batch_norm_backward(grad, input, weight, m, v, m, invstd, training, eps,
+                                          output_mask);
   }
   Tensor dw = at::zeros({dense.problem.C}, statistics);
   Tensor db = at::zeros({dense.problem.C}, statistics);
