@@ -353,3 +353,26 @@ def test_deepcopy_and_one_more_step(backend):
     twin = copy.deepcopy(ours)
     assert torch.equal(ours(x), twin(x))
     assert ours.num_batches_tracked == twin.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("parameters", [None, "same", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_training_backward_in_every_mix_of_dtypes(dtype, parameters, backend):
+    """A 16-bit input with no parameters, with its own kind, and with float32's."""
+    x = torch.randn(4, 3, 5, 5, device=backend.device).to(dtype).requires_grad_()
+    if parameters is None:
+        affine = (None, None)
+    elif dtype is torch.float64:
+        affine = tuple(torch.rand(3, device=backend.device, dtype=dtype) for _ in range(2))
+    else:
+        kind = dtype if parameters == "same" else torch.float32
+        affine = tuple(torch.rand(3, device=backend.device, dtype=kind) for _ in range(2))
+    upstream = torch.randn_like(x)
+    grad, expected = (
+        torch.autograd.grad(function(x, None, None, *affine, True), x, upstream)[0]
+        for function in (ff.batch_norm, F.batch_norm)
+    )
+    assert grad.abs().max() > 0.1
+    assert grad.dtype is dtype
+    tolerance = 40 * support.eps(dtype)
+    assert torch.allclose(grad.float(), expected.float(), atol=tolerance, rtol=tolerance)
