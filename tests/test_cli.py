@@ -47,6 +47,8 @@ def start(*arguments, root=None, **environment):
         text=True,
         cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        # Where the tests run in the background of a script, SIGINT is ignored, and so here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
