@@ -20,7 +20,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 PATH=$CUDA_HOME/bin:$PATH
 
-test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd modules)
+test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd modules
+  pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet)
 tools=(memcheck racecheck synccheck)
 slices=(build resources instructions smoke "${test_files[@]/#/tests-}" "${tools[@]/#/sanitizer-}"
   bench-float32 bench-bfloat16 bench-other)
@@ -83,7 +84,7 @@ slice_tests() { # FILE
 }
 
 slice_sanitizer() { # TOOL
-  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: left out"; return 0; }
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer"; return 3; }
   local program=$out/instructions status=0
   local sanitize=(compute-sanitizer --tool "$1" --error-exitcode 9)
   "${sanitize[@]}" --target-processes all "$python" benchmarks/gpu_rows.py --small || status=1
@@ -110,7 +111,7 @@ note() {
 import json, os, sys, time
 
 name, status, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-said = {0: "ok", 124: "out of time"}.get(status, "failed")
+said = {0: "ok", 3: "left out", 124: "out of time"}.get(status, "failed")
 finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
 print(json.dumps({"slice": name, "status": said, "exit": status, "seconds": seconds,
                   "finished": finished, "last_line": os.environ["NOTE_LAST"]}, indent=1))

@@ -85,7 +85,7 @@ def _minor(version):
     return str(version).split(".")[:2]
 
 
-def _is_truncated(path):
+def is_truncated(path):
     """Whether an ELF file ends before its section headers, which come last.
 
     The dynamic loader would map such a file and the process would die of SIGBUS.
@@ -109,7 +109,7 @@ def _load():
     # Loaded all the same, it might end the process: C++ has no stable interface between minors.
     if _minor(facts["torch"]) != _minor(torch.__version__):
         raise _Unusable(f"{path} was compiled against another torch", facts)
-    if _is_truncated(path):
+    if is_truncated(path):
         raise _Unusable(f"{path} is truncated", facts)
     spec = importlib.util.spec_from_file_location("fastconv._C", path)
     try:

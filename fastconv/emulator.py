@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,6 +72,11 @@ def load() -> None:
     with _lock:
         if _library is None:
             sanitize = os.environ.get("FASTCONV_EMULATOR_SANITIZE", "0") not in ("", "0")
+            if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+                raise RuntimeError(
+                    "FASTCONV_EMULATOR_SANITIZE=1 needs the sanitizers' libraries, libasan first, "
+                    "in LD_PRELOAD when Python starts"
+                )
             path = build(sanitize=sanitize)
             try:
                 _extension.load().load_emulator(str(path))
@@ -187,6 +193,17 @@ def _header_folders() -> list[Path]:
     return folders
 
 
+def _version_of(compiler) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+        complaint = f"status {done.returncode}" if done.returncode else ""
+    except OSError as error:
+        complaint = str(error)
+    if complaint:
+        raise RuntimeError(f"`{shlex.join(compiler)} --version` fails: {complaint}")
+    return done.stdout
+
+
 def _find_cuda_headers() -> Path:
     folders = _header_folders()
     for folder in folders:
@@ -209,8 +226,10 @@ class _Toolchain:
         self.csrc = _find_sources()
         self.compiler = _find_compiler()
         self.headers = _find_cuda_headers()
-        version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True)
-        self.identity = [*self.compiler, version.stdout, str(self.headers)]
+        self.identity = [*self.compiler, _version_of(self.compiler), str(self.headers)]
+        stub = self.csrc / "emulator" / "include" / "nv" / "target"
+        cuda = re.findall(r"#define CUDA_VERSION \d+", (self.headers / "cuda.h").read_text())
+        self.identity += [stub.read_text(), *cuda, *_FLAGS, *_SANITIZERS, *_headers_of(self.csrc)]
 
     def sanitizers(self, source: Path, sanitize: bool) -> list[str]:
         # AddressSanitizer watches the kernels. The emulator checks its own accesses, and sanitized
@@ -225,7 +244,7 @@ class _Toolchain:
     def key(self, sources, sanitize: bool) -> str:
         """A fingerprint of all that decides what comes out."""
         digest = hashlib.sha256()
-        for text in (*self.identity, *_FLAGS, *_headers_of(self.csrc)):
+        for text in self.identity:
             digest.update(text.encode() + b"\0")
         for source in sources:
             sanitized = str(bool(self.sanitizers(source, sanitize)))
@@ -233,7 +252,7 @@ class _Toolchain:
         return digest.hexdigest()[:32]
 
     def link(self, sources, output: Path, sanitize: bool, program: bool = False) -> Path:
-        if not program and output.exists():
+        if not program and _is_whole(output):
             return output
         objects_folder = _cache() / "objects"
         try:
@@ -241,7 +260,7 @@ class _Toolchain:
             output.parent.mkdir(parents=True, exist_ok=True)
             with (objects_folder / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # two processes need not both compile
-                if not program and output.exists():
+                if not program and _is_whole(output):
                     return output
                 with ThreadPoolExecutor(_jobs()) as pool:
                     compile_one = lambda s: self._object(s, objects_folder, sanitize)  # noqa: E731
@@ -256,7 +275,7 @@ class _Toolchain:
 
     def _object(self, source: Path, folder: Path, sanitize: bool) -> Path:
         output = folder / f"{source.stem}-{self.key([source], sanitize)}.o"
-        if not output.exists():
+        if not _is_whole(output):
             own = self.sanitizers(source, sanitize)
             self._run(output, [*self.flags(), *own, "-c", str(source)])
         return output
@@ -271,7 +290,14 @@ class _Toolchain:
                 raise RuntimeError(
                     f"compiling the emulator failed: {shlex.join(command)}\n{done.stderr[-4000:]}"
                 )
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # a crash must not leave a name without its bytes
             os.replace(part, output)
+
+
+def _is_whole(path: Path) -> bool:
+    """Exists and is not truncated, by whatever filled the disk."""
+    return path.exists() and not _extension.is_truncated(path)
 
 
 def _headers_of(csrc: Path) -> list[str]:

@@ -116,6 +116,9 @@ class _Forced(contextlib.ContextDecorator):
         self._value = value
         self._saved = []
 
+    def _recreate_cm(self):
+        return type(self)(self._value)  # a decorated function may run on several threads at once
+
     def __enter__(self):
         extension = _extension.load()
         saved = extension.get_selection()

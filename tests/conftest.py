@@ -47,6 +47,9 @@ def backend(request):
 
 
 def pytest_terminal_summary(terminalreporter):
+    if support.emulated_rows_run and os.environ.get("FASTCONV_EMULATOR_SANITIZE"):
+        names = " ".join(sorted(support.emulated_rows_run))
+        terminalreporter.write_line(f"emulated rows that ran: {names}")
     if support.coverage:
         terminalreporter.section("what was covered")
         for name, count in sorted(support.coverage.items()):

@@ -28,6 +28,8 @@ FEW, DRAWS = 256, 4  # see ConvCase.peer_error
 
 # What a run of the tests has covered; conftest prints it at the end.
 coverage: Counter[str] = Counter()
+# The emulated rows that have given a result; see test_emulator.py.
+emulated_rows_run: set[str] = set()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -50,6 +52,8 @@ def emulator_missing() -> str:
     missing = fastconv.emulator.available()
     if not missing:
         fastconv.emulator.load()
+    elif os.environ.get("FASTCONV_REQUIRE_EMULATOR"):
+        raise RuntimeError(f"FASTCONV_REQUIRE_EMULATOR is set, but {missing}")
     return missing
 
 
@@ -274,6 +278,7 @@ def run_row(row, call):
     first, *others = seeds()
     with emulator_seed(first):
         result = call()
+    emulated_rows_run.add(row.name)
     for seed in others:
         with emulator_seed(seed):
             assert same_bits(result, call()), f"{row.name}: seed {seed} gives other bits"
@@ -303,12 +308,15 @@ def emulator_seed(value: int):
         fastconv.emulator.seed(0)
 
 
+def bits(t: torch.Tensor) -> torch.Tensor:
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return t.detach().contiguous().view(integers[t.element_size()])
+
+
 def same_bits(a, b) -> bool:
-    """Equal tensors, or containers of such; a NaN equals itself."""
+    """Tensors of the same bits, or containers of such."""
     if isinstance(a, torch.Tensor):
-        return torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num()) and torch.equal(
-            a.isnan(), b.isnan()
-        )
+        return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):

@@ -87,7 +87,8 @@ void add_cuda_kernels(KernelTable& table);
 
 // The one table, built on first use.
 const KernelTable& kernel_table();
-// Publishes a copy with more rows. Tables are never freed: rows that somebody has chosen stay.
+// Publishes a copy with more rows, once for each `add`. Tables are never freed: rows that somebody
+// has chosen stay.
 void extend_kernel_table(void (*add)(KernelTable&));
 
 }  // namespace fastconv

@@ -45,13 +45,15 @@ struct GemmTile {
 };
 
 // Where a thread's quads begin: row and col, and 64 further. A warp is 4 rows of quads by 8
-// columns, so it reads 4 and 8 different addresses of 16 bytes: one wavefront each.
+// columns. Neighbouring lanes share a column's quad and lanes two apart a row's: a 16-byte load
+// takes four wavefronts unless such pairs of lanes ask for one address, and two if they do.
 struct GemmThread {
   int row, col;
 };
 __device__ inline GemmThread gemm_thread() {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  return {((warp >> 1) * 4 + (lane >> 3)) * kQuad, ((warp & 1) * 8 + (lane & 7)) * kQuad};
+  const int row = (lane >> 4) * 2 + (lane & 1), col = (lane >> 1) & 7;
+  return {((warp >> 1) * 4 + row) * kQuad, ((warp & 1) * 8 + col) * kQuad};
 }
 
 template <class Gemm, class A>

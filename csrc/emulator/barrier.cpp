@@ -154,6 +154,11 @@ void check_reachable(uint32_t address, const char* what) {
          ": another block's shared memory before the first cluster barrier: it may not have "
          "started");
   }
+  check_not_ended(address, what);
+}
+
+void check_not_ended(uint32_t address, const char* what) {
+  const Block& there = shared_owner(address, what);
   if (there.exited == static_cast<int>(there.threads.size())) {
     fail(std::string(what) + ": the shared memory of a block that has ended");
   }

@@ -19,6 +19,8 @@ void load_cluster(uint32_t address, void* to, int64_t bytes);
 void store_cluster(uint32_t address, const void* from, int64_t bytes);
 // Fails when `address` lies in another block that may not have started or has ended.
 void check_reachable(uint32_t address, const char* what);
+// Its block has threads left: memory of one that has ended may be another's already.
+void check_not_ended(uint32_t address, const char* what);
 
 void setmaxnreg(int registers, bool more);
 

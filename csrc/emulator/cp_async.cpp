@@ -82,6 +82,9 @@ void cp_async_wait_all() {
 }
 
 void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
+  if (&shared_owner(barrier, "cp.async.mbarrier.arrive") != &current_block()) {
+    fail("cp.async.mbarrier.arrive: the mbarrier lies in another block");
+  }
   ThreadCopies& copies = mine();
   copies.under_way.push_back(copies.committed + 1);  // the copies belong to the next group too
   start_async(&copies, "cp.async.mbarrier.arrive",
@@ -89,7 +92,7 @@ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
                 carry_out(group);
                 copies.under_way.pop_front();
                 notify(&copies);
-                mbarrier_arrive(barrier);
+                mbarrier_arrive_after_copies(barrier);
               });
   copies.open = {};
 }

@@ -109,7 +109,7 @@ inline int __any_sync(unsigned mask, int predicate) {
   return fastconv::emulator::ballot(mask, predicate, "__any_sync") != 0;
 }
 inline int __all_sync(unsigned mask, int predicate) {
-  return fastconv::emulator::ballot(mask, predicate, "__all_sync") == mask;
+  return fastconv::emulator::ballot(mask, predicate == 0, "__all_sync") == 0;
 }
 
 inline void __threadfence() {}        // one OS thread runs every block

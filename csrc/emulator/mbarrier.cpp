@@ -133,7 +133,12 @@ void mbarrier_inval(uint32_t barrier) {
   std::memset(shared_at(barrier, kBytes, what), 0xff, kBytes);
 }
 
-void mbarrier_arrive(uint32_t barrier) { arrive(barrier, "mbarrier.arrive"); }
+void mbarrier_arrive(uint32_t barrier) {
+  check_own(barrier, "mbarrier.arrive");
+  arrive(barrier, "mbarrier.arrive");
+}
+
+void mbarrier_arrive_after_copies(uint32_t barrier) { arrive(barrier, "cp.async.mbarrier.arrive"); }
 
 void mbarrier_arrive_remote(uint32_t barrier) {
   const char* const what = "mbarrier.arrive.shared::cluster";

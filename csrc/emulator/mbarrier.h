@@ -11,6 +11,8 @@ struct Block;
 void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 void mbarrier_inval(uint32_t barrier);
 void mbarrier_arrive(uint32_t barrier);
+// When copies have landed: no thread is running then.
+void mbarrier_arrive_after_copies(uint32_t barrier);
 void mbarrier_arrive_remote(uint32_t barrier);
 void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes);
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes);

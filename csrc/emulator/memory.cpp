@@ -48,6 +48,11 @@ void copy_with_gaps(unsigned char* to, const unsigned char* from, int64_t bytes)
 unsigned char* shared_memory() { return current_block().shared; }
 
 void poison_gap(unsigned char* at, int64_t bytes) {
+  const Block& block = current_block();
+  if (at + bytes > block.shared + block.shared_bytes) {
+    fail("more shared memory is carved, " + std::to_string(at + bytes - block.shared) +
+         " bytes, than the launch asked for, " + std::to_string(block.shared_bytes));
+  }
   if (__asan_poison_memory_region != nullptr) {
     __asan_poison_memory_region(at, static_cast<size_t>(bytes));
   }

@@ -72,7 +72,7 @@ void for_each_element(Rows** lanes, const char* what, Move&& move) {
 
 void ldmatrix(uint32_t* to, int matrices, bool transposed, uint32_t row) {
   Rows mine = {row, to, matrices, transposed};
-  meet_warp(0xffffffffu, "ldmatrix", mine, [](Rows** lanes) {
+  meet_full_warp("ldmatrix", mine, [](Rows** lanes) {
     for_each_element(lanes, "ldmatrix", [](unsigned char* in_register, const unsigned char* at) {
       std::memcpy(in_register, at, 2);
     });
@@ -81,7 +81,7 @@ void ldmatrix(uint32_t* to, int matrices, bool transposed, uint32_t row) {
 
 void stmatrix(uint32_t row, int matrices, bool transposed, const uint32_t* from) {
   Rows mine = {row, const_cast<uint32_t*>(from), matrices, transposed};
-  meet_warp(0xffffffffu, "stmatrix", mine, [](Rows** lanes) {
+  meet_full_warp("stmatrix", mine, [](Rows** lanes) {
     for_each_element(lanes, "stmatrix", [](const unsigned char* in_register, unsigned char* at) {
       std::memcpy(at, in_register, 2);
     });
@@ -126,7 +126,7 @@ void mma(MmaType type, int k, float* d, const uint32_t* a, const uint32_t* b, co
     const uint32_t *a, *b;
     const float* c;
   } mine = {type, k, d, a, b, c};
-  meet_warp(0xffffffffu, "mma.sync", mine, [type, k](Operands** lanes) {
+  meet_full_warp("mma.sync", mine, [type, k](Operands** lanes) {
     float a_matrix[16 * 16], b_matrix[16 * 8], d_matrix[16 * 8];
     // Elements a lane holds next to each other along K, and lanes of a row of A: 4.
     const int pair = type == MmaType::kTf32 ? 1 : 2;

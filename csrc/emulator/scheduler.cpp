@@ -305,6 +305,19 @@ void check_mask(uint32_t mask, const char* what) {
   }
 }
 
+void check_full_warp(const char* what) {
+  if (existing_lanes(0xffffffffu) != 0xffffffffu) {
+    fail(std::string(what) + " in a warp of fewer than 32 threads");
+  }
+}
+
+void check_full_warpgroup(const char* what) {
+  const Thread& me = current();
+  if ((me.index / 128 + 1) * 128 > static_cast<int>(me.block->threads.size())) {
+    fail(std::string(what) + " in a warpgroup of fewer than 128 threads");
+  }
+}
+
 uint32_t existing_lanes(uint32_t mask) {
   const Thread& me = current();
   const int lanes = static_cast<int>(me.block->threads.size()) - me.warp() * 32;

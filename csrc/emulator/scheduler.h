@@ -170,6 +170,9 @@ void meet(uint64_t group, int count, int position, const char* what, Argument& m
 // work(Argument** by_lane): entries of lanes outside the mask are null.
 template <class Argument, class Work>
 void meet_warp(uint32_t mask, const char* what, Argument& mine, Work&& work);
+// All 32 lanes; fails in a block's last warp when that is not full.
+template <class Argument, class Work>
+void meet_full_warp(const char* what, Argument& mine, Work&& work);
 // The 128 threads of the running thread's warpgroup. work(Argument** by_thread).
 template <class Argument, class Work>
 void meet_warpgroup(const char* what, Argument& mine, Work&& work);
@@ -216,8 +219,19 @@ void meet_warp(uint32_t mask, const char* what, Argument& mine, Work&& work) {
   meet_raw(group, __builtin_popcount(mask), position, what, &mine, by_lane);
 }
 
+void check_full_warp(const char* what);
+
+template <class Argument, class Work>
+void meet_full_warp(const char* what, Argument& mine, Work&& work) {
+  check_full_warp(what);
+  meet_warp(0xffffffffu, what, mine, work);
+}
+
+void check_full_warpgroup(const char* what);
+
 template <class Argument, class Work>
 void meet_warpgroup(const char* what, Argument& mine, Work&& work) {
+  check_full_warpgroup(what);
   const Thread& me = current();
   const uint64_t group = (uint64_t{2} << 48) | static_cast<uint64_t>(me.index / 128);
   meet_raw(group, 128, me.index % 128, what, &mine,

@@ -178,6 +178,7 @@ void start_load(const char* what, const TensorMapFields& map, uint32_t to, uint3
   const int64_t bytes = map.shared_bytes();
   for (const Destination& d : destinations(to, barrier, blocks, bytes, what)) {
     start_async(nullptr, what, [what, d, bytes, units = map.swizzle_units(), read] {
+      check_not_ended(d.to, what);
       write_box(d.to, read(), units, what);
       mbarrier_complete_tx(d.barrier, bytes, what);
     });
@@ -292,6 +293,7 @@ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) 
   check_global(from, bytes, what);
   for (const Destination& d : destinations(to, barrier, -1, bytes, what)) {
     start_async(nullptr, what, [what, d, from, bytes] {
+      check_not_ended(d.to, what);
       check_global(from, bytes, what);
       async_write(shared_owner(d.to, what), shared_at(d.to, bytes, what), from, bytes);
       mbarrier_complete_tx(d.barrier, bytes, what);

@@ -279,7 +279,7 @@ void issue(Operands operands) {
 void wgmma_fence() {
   Warpgroup& group = mine();
   char nothing = 0;
-  meet_warp(0xffffffffu, "wgmma.fence", nothing, [](char**) {});
+  meet_full_warp("wgmma.fence", nothing, [](char**) {});
   group.fenced[warp_in_group()] = true;
 }
 
@@ -297,7 +297,7 @@ void wgmma_commit() {
   const int warp = warp_in_group(), number = current().index / kThreads;
   const Block& block = current_block();
   char nothing = 0;
-  meet_warp(0xffffffffu, "wgmma.commit_group", nothing, [&](char**) {
+  meet_full_warp("wgmma.commit_group", nothing, [&](char**) {
     for (const std::shared_ptr<Product>& product : group.open[warp]) {
       if (++product->commits < kWarps) continue;
       start_async(&group, kWhat, [&block, &group, number, product] {
@@ -314,7 +314,7 @@ void wgmma_wait(int pending) {
   Warpgroup& group = mine();
   const int warp = warp_in_group();
   char nothing = 0;
-  meet_warp(0xffffffffu, "wgmma.wait_group", nothing, [](char**) {});
+  meet_full_warp("wgmma.wait_group", nothing, [](char**) {});
   std::deque<Group>& committed = group.committed[warp];
   for (;;) {
     const auto done = [](const std::shared_ptr<Product>& product) { return product->done; };
