@@ -98,8 +98,6 @@ void build(Cluster& cluster, const LaunchShape& shape) {
 void set_back(Cluster& cluster, int64_t first_block,
               const std::vector<std::unique_ptr<SharedArena>>& arenas) {
   cluster.waiting.clear();
-  cluster.polling.clear();
-  cluster.idle_yields = 0;
   for (const auto& block : cluster.blocks) {
     block->shared = arenas[static_cast<size_t>(block->rank)]->fresh();
     block->exited = 0;

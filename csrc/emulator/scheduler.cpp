@@ -41,8 +41,6 @@ void draw_ranks(Cluster& cluster) {
   }
   for (size_t i = 0; i < order.size(); ++i) order[i]->rank = static_cast<int>(i);
   for (Thread* thread : ready) make_ready(cluster, thread);
-  for (Thread* thread : cluster.polling) make_ready(cluster, thread);
-  cluster.polling.clear();
 }
 
 std::string place_of(const Thread& thread) {
@@ -76,7 +74,6 @@ void thread_entry(void* argument) {
   thread.done = true;
   ++thread.block->exited;
   --cluster.live;
-  cluster.idle_yields = 0;
 }
 
 void resume(Thread& thread) {
@@ -102,7 +99,6 @@ void cancel(Cluster& cluster) {
   cluster.pending.clear();
   cluster.waiting.clear();
   cluster.ready.clear();
-  cluster.polling.clear();
 }
 
 // One piece of asynchronous work, any whose queue has nothing older. False: there is none.
@@ -122,7 +118,6 @@ bool complete_one(Cluster& cluster) {
   const Pending work = std::move(cluster.pending[chosen]);
   cluster.pending.erase(cluster.pending.begin() + static_cast<std::ptrdiff_t>(chosen));
   work.complete();
-  cluster.idle_yields = 0;
   return true;
 }
 
@@ -154,8 +149,6 @@ std::string deadlock_report(const Cluster& cluster) {
   return text;
 }
 
-constexpr int64_t kLivelock = 1000000;  // polls in a row with nothing else happening
-
 void run_until_done(Cluster& cluster) {
   const int64_t redraw_after = 64 + 2 * cluster.live;
   int64_t until_redraw = 0;
@@ -164,20 +157,11 @@ void run_until_done(Cluster& cluster) {
       draw_ranks(cluster);
       until_redraw = redraw_after + static_cast<int64_t>((*cluster.random)() % 64);
     }
-    Thread* next = nullptr;
-    if (cluster.ready.count() > 0) {
-      next = cluster.by_rank[static_cast<size_t>(cluster.ready.take_lowest())];
-    } else {
-      // Whoever only polls has looked once since anything happened.
-      const bool all_poll = cluster.idle_yields >= static_cast<int64_t>(cluster.polling.size());
-      if (all_poll && complete_one(cluster)) continue;
-      if (cluster.polling.empty()) throw Fault(deadlock_report(cluster));
-      if (cluster.idle_yields > kLivelock) {
-        throw Fault(std::string(cluster.shape->name) + ": livelock, threads poll and none gets on");
-      }
-      next = cluster.polling.front();
-      cluster.polling.pop_front();
+    if (cluster.ready.count() == 0) {
+      if (complete_one(cluster)) continue;
+      throw Fault(deadlock_report(cluster));
     }
+    Thread* next = cluster.by_rank[static_cast<size_t>(cluster.ready.take_lowest())];
     resume(*next);
     if (cluster.failure) return;
   }
@@ -248,16 +232,7 @@ void notify(const void* channel) {
   if (found == cluster.waiting.end()) return;
   const std::vector<Thread*> woken = std::move(found->second);
   cluster.waiting.erase(found);
-  cluster.idle_yields = 0;
   for (Thread* thread : woken) make_ready(cluster, thread);
-}
-
-void yield() {
-  Thread& thread = current();
-  Cluster& cluster = *thread.block->cluster;
-  ++cluster.idle_yields;
-  cluster.polling.push_back(&thread);
-  stop(thread);
 }
 
 void start_async(const void* queue, const std::string& what, std::function<void()> complete) {
@@ -290,7 +265,6 @@ void meet_raw(uint64_t group, int count, int position, const char* what, void* a
   Cluster& cluster = *block.cluster;
   for (Thread* thread : meeting.waiting) make_ready(cluster, thread);
   meeting.waiting.clear();
-  cluster.idle_yields = 0;
 }
 
 void check_mask(uint32_t mask, const char* what) {

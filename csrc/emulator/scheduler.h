@@ -124,9 +124,7 @@ struct Cluster {
   std::unordered_map<const void*, std::vector<Thread*>> waiting;  // by channel
   std::vector<Thread*> by_rank;
   ReadySet ready;
-  std::deque<Thread*> polling;  // ready, but only after all others
-  int64_t live = 0;             // threads not yet done
-  int64_t idle_yields = 0;      // since anything happened
+  int64_t live = 0;  // threads not yet done
   std::mt19937_64* random = nullptr;
   bool per_warp = true;  // how ranks are drawn
   bool cancelled = false;
@@ -145,8 +143,6 @@ Cluster& current_cluster();
 //   while (!condition) wait_on(&thing, "mbarrier at shared+64, parity 1");
 void wait_on(const void* channel, std::string_view what);
 void notify(const void* channel);  // wakes all who wait there
-// Lets others run; the thread stays ready.
-void yield();
 
 // Runs every thread of `cluster`, whose blocks are set up; throws what one of them threw, or a
 // Fault.
