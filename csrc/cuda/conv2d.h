@@ -99,6 +99,27 @@ __device__ inline Pixel pixel_at(int64_t index, int rows, int cols) {
   const Division image = divide(row.quotient, rows);
   return {image.quotient, image.remainder, row.remainder};
 }
+// From a pixel to the one `count` further, without a division on the device.
+struct PixelStep {
+  int n, row, col;
+};
+inline PixelStep pixel_step(int64_t count, int rows, int cols) {
+  const int64_t image = int64_t{rows} * cols;
+  return {to_int(count / image), to_int(count % image / cols), to_int(count % cols)};
+}
+__device__ inline void advance(Pixel& pixel, const PixelStep& by, int rows, int cols) {
+  pixel.col += by.col;
+  pixel.row += by.row;
+  pixel.n += by.n;
+  if (pixel.col >= cols) {
+    pixel.col -= cols;
+    ++pixel.row;
+  }
+  if (pixel.row >= rows) {
+    pixel.row -= rows;
+    ++pixel.n;
+  }
+}
 __device__ inline int64_t offset_of(const Strides4& s, const Pixel& at) {
   return at.n * s.n + at.row * s.h + at.col * s.w;
 }

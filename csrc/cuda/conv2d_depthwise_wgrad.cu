@@ -23,10 +23,10 @@ struct WgradParams {
   ConvParams conv;
   void* partials;  // null: a block has whole sums
   int64_t pixels_per_split, results, blocks;
-  int lanes_log2;              // neighbouring threads along filters
-  int filter_blocks;           // filters / (lanes * vector), rounded up
-  int tap_blocks;              // of a filter row
-  int step_n, step_p, step_q;  // from a thread's pixel to its next
+  int lanes_log2;     // neighbouring threads along filters
+  int filter_blocks;  // filters / (lanes * vector), rounded up
+  int tap_blocks;     // of a filter row
+  PixelStep step;     // from a thread's pixel to its next
   int multiplier;
 };
 
@@ -76,17 +76,7 @@ __device__ inline void add_pixels(const WgradParams& t, const BlockAt& at, int k
         for (int e = 0; e < kVector; ++e) sum[i][e] += widen(g.at[e]) * widen(x[i].at[e]);
       }
     }
-    pixel.col += t.step_q;
-    pixel.row += t.step_p;
-    pixel.n += t.step_n;
-    if (pixel.col >= conv.Q) {
-      pixel.col -= conv.Q;
-      ++pixel.row;
-    }
-    if (pixel.row >= conv.P) {
-      pixel.row -= conv.P;
-      ++pixel.n;
-    }
+    advance(pixel, t.step, conv.P, conv.Q);
   }
 }
 
@@ -152,10 +142,7 @@ int widest_vector(const Conv2dProblem& p) {
 template <class T, int kVector>
 void launch_vector(const Conv2dProblem& p, WgradParams t, const Cut& cut, void* stream) {
   const int64_t pixel_lanes = kThreads >> cut.lanes_log2;
-  const int64_t image = int64_t{t.conv.P} * t.conv.Q;
-  t.step_n = to_int(pixel_lanes / image);
-  t.step_p = to_int(pixel_lanes % image / t.conv.Q);
-  t.step_q = to_int(pixel_lanes % t.conv.Q);
+  t.step = pixel_step(pixel_lanes, t.conv.P, t.conv.Q);
   t.pixels_per_split = cut.split.items_per_split;
   t.results = p.filter_elements();
   t.blocks = cut.blocks * cut.split.splits;

@@ -22,7 +22,7 @@ struct WgradParams {
   int k_tiles, column_tiles;       // a group
   int columns;                     // R * S * tap_quads * kQuad
   int tap_quads;                   // quads of channels of one tap
-  int step_n, step_p, step_q;      // what kDepth pixels on means
+  PixelStep step;                  // what kDepth pixels on means
   bool vector_grad, vector_input;  // a quad of channels is one aligned load
   bool lanes_along_pixels;         // what neighbouring threads load
 };
@@ -102,17 +102,7 @@ __device__ inline void multiply_tile(const WgradParams& t, const Gemm& gemm, con
     right = load_quad(input + offset_of(conv.in, {pixel.n, h, w}), conv.in.c, inside ? channels : 0,
                       t.vector_input);
     index += Gemm::kDepth;
-    pixel.col += t.step_q;
-    pixel.row += t.step_p;
-    pixel.n += t.step_n;
-    if (pixel.col >= conv.Q) {
-      pixel.col -= conv.Q;
-      ++pixel.row;
-    }
-    if (pixel.row >= conv.P) {
-      pixel.row -= conv.P;
-      ++pixel.n;
-    }
+    advance(pixel, t.step, conv.P, conv.Q);
   };
   const auto store = [&](int buffer, const Pack<T, kQuad>& left, const Pack<T, kQuad>& right) {
     const int to = at.pixel * Gemm::kRow + at.quad * kQuad;
@@ -179,10 +169,7 @@ Cut cut_of(const Conv2dProblem& p, int size) {
 template <class T, int kSize>
 void launch_tile(const char* name, WgradParams t, void* stream) {
   using Gemm = GemmTile<accumulator_t<T>, kSize>;
-  const int image = t.conv.P * t.conv.Q;
-  t.step_n = Gemm::kDepth / image;
-  t.step_p = Gemm::kDepth % image / t.conv.Q;
-  t.step_q = Gemm::kDepth % t.conv.Q;
+  t.step = pixel_step(Gemm::kDepth, t.conv.P, t.conv.Q);
   launch_kernel({name, std::min(t.blocks, kMaxBlocks), kGemmThreads, stream,
                  gemm_shared_bytes<accumulator_t<T>, kSize>()},
                 &conv2d_tiled_wgrad_kernel<T, kSize>, t);
