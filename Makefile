@@ -2,7 +2,7 @@
 PYTHON ?= python
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install test test-all lint format bench gpu clean
+.PHONY: help install test test-all emulate lint format bench gpu clean
 
 help:      ## list these commands
 	@sed -n 's/^\([a-z-]*\): *## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
