@@ -21,7 +21,7 @@ COMPILING_COMMANDS = {"build", "build_ext", "install", "develop", "bdist_wheel",
 
 
 def sources(with_cuda):
-    rooms = ["core/*.cpp", "cpu/*.cpp", "torch/*.cpp"]
+    rooms = ["core/*.cpp", "cpu/*.cpp", "triton/*.cpp", "torch/*.cpp"]
     found = [path for room in rooms for path in glob.glob(os.path.join("csrc", room))]
     cuda = ["csrc/torch/cuda.cpp", *glob.glob("csrc/cuda/*.cpp"), *glob.glob("csrc/cuda/*.cu")]
     found = [path for path in found if path not in cuda]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fastconv import triton_kernels
 from fastconv._source_digest import source_digest
 from fastconv._version import __version__
 
@@ -118,6 +119,7 @@ def _load():
     except ImportError as error:
         raise _Unusable(f"{path} does not load: {error}", facts) from None
     sys.modules["fastconv._C"] = module
+    triton_kernels.register(module)
     stale = None
     digest = facts.get("source_digest")
     if path.parent != _PACKAGE and digest and digest != source_digest(_PACKAGE.parent / "csrc"):

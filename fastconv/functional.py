@@ -41,6 +41,7 @@ def _operator(name):
 
 _conv2d = _operator("conv2d")
 _conv_bn_act = _operator("conv_bn_act")
+_conv_bn_training = _operator("conv_bn_training")
 _conv2d_act_max_pool2d = _operator("conv2d_act_max_pool2d")
 _max_pool2d = _operator("max_pool2d")
 _max_pool2d_with_indices = _operator("max_pool2d_with_indices")
@@ -485,11 +486,12 @@ def conv_bn_relu(
         )
 
     def block(input, weight, bias, bn_weight, bn_bias, residual):
-        y = _conv2d(input, weight, bias, stride, padding, dilation, groups)
-        batch = y.unsqueeze(0) if y.dim() == 3 else y
-        _check_batch_norm(batch, True, eps)
-        normalised, mean, var = _batch_norm_training(batch, bn_weight, bn_bias, eps)
-        z = normalised.view_as(y)
+        batch = input.unsqueeze(0) if input.dim() == 3 else input
+        normalised, _, mean, var = _conv_bn_training(
+            batch, weight, bias, bn_weight, bn_bias, eps, stride, padding, dilation, groups
+        )
+        _check_batch_norm(normalised, True, eps)
+        z = normalised.squeeze(0) if input.dim() == 3 else normalised
         if residual is not None:
             if residual.shape != z.shape:
                 raise RuntimeError(

@@ -1,13 +1,12 @@
 """`fastconv info`: what is installed, what was built, what runs here."""
 
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import fastconv
-from fastconv import _extension, emulator
+from fastconv import _extension, emulator, triton_kernels
 from fastconv.benchmarking.tables import LEFT, print_table
 from fastconv.selection import BACKENDS
 
@@ -31,15 +30,14 @@ def _versions() -> list[tuple[str, str]]:
         ("fastconv", f"{fastconv.__version__}, in {Path(fastconv.__file__).parent}"),
         ("Python", platform.python_version()),
         ("torch", f"{torch.__version__}, {cuda}"),
-        ("triton", _version_of("triton")),
+        ("triton", _triton()),
     ]
 
 
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def _triton() -> str:
+    found = triton_kernels.version()
+    why = triton_kernels.available()
+    return f"{found}, " + (why or "its kernels run here") if found else why
 
 
 def _build() -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastconv import _extension, emulator
+from fastconv import _extension, emulator, triton_kernels
 from fastconv.functional import as_ints, resolve_padding
 
 BACKENDS = ("cuda", "triton", "cpu", "emulator", "aten")
@@ -20,7 +20,8 @@ class KernelInfo(NamedTuple):
     """One row of the kernel table."""
 
     name: str  # unique: operation_algorithm_architecture_direction
-    # "conv2d", "conv2d_max_pool2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "batch_norm"
+    # "conv2d", "conv2d_max_pool2d", "conv2d_statistics", "max_pool2d", "avg_pool2d",
+    # "adaptive_avg_pool2d", "batch_norm"
     op: str
     direction: str  # "fprop", "dgrad", "wgrad", "bgrad" (the bias gradient)
     backend: str  # "cuda", "triton", "cpu", "emulator"
@@ -139,11 +140,12 @@ class backend(_Forced):
         name: "cuda", "triton", "cpu", "emulator" or "aten" (PyTorch's own kernels).
 
     "emulator" runs the CUDA kernels on CPU tensors, slowly; :mod:`fastconv.emulator` compiles it on
-    first use.
+    first use. "triton" takes CPU tensors, as slowly, where the environment says TRITON_INTERPRET=1
+    when it is first asked for.
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: for a backend that this build has no kernel of.
+        RuntimeError: for a backend that this build, or this machine, has no kernel of.
     """
 
     _position = 0
@@ -156,9 +158,17 @@ class backend(_Forced):
             )
         if name == "emulator":
             emulator.load()
+        if name == "triton":
+            _load_triton()
         if name != "aten" and not any(k.backend == name for k in kernels()):
             raise RuntimeError(f"backend {name!r} is not available: {_why_absent(name)}")
         super().__init__(name)
+
+
+def _load_triton():
+    if why := triton_kernels.available():
+        raise RuntimeError(f"backend 'triton' is not available: {why}")
+    triton_kernels.load()
 
 
 def _why_absent(name):
@@ -174,6 +184,7 @@ class kernel(_Forced):
 
     Raises:
         ValueError: for a name that is not in :func:`kernels`.
+        RuntimeError: for a Triton kernel where Triton cannot run.
     """
 
     _position = 1
@@ -181,13 +192,15 @@ class kernel(_Forced):
     def __init__(self, name: str):
         if str(name).endswith("_emulated"):
             emulator.load()
-        names = [k.name for k in kernels()]
-        if name not in names:
+        backends = {k.name: k.backend for k in kernels()}
+        if name not in backends:
             raise ValueError(
                 f"no kernel is named {name!r}"
-                + _close_matches(name, names)
+                + _close_matches(name, backends)
                 + " (fastconv.kernels() lists them)"
             )
+        if backends[name] == "triton":
+            _load_triton()
         super().__init__(name)
 
 

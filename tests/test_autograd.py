@@ -561,7 +561,7 @@ def opcheck_samples(device):
     window = ([3, 2], [2, 2], [1, 0])
     pooled = (2, 4, 3, 2)
     samples = {name: [] for name in (
-        "conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bgrad", "conv_bn_act",
+        "conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bgrad", "conv_bn_act", "conv_bn_training",
         "conv2d_act_max_pool2d", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
         "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "adaptive_avg_pool2d",
         "adaptive_avg_pool2d_backward", "batch_norm_training", "batch_norm_inference",
@@ -581,6 +581,10 @@ def opcheck_samples(device):
             (*fixed, None, *norm, None, None, None, 1e-5, *tail, "relu"),
             (*fixed, *norm[:1], *norm, *norm, t(*out, grad=False), 1e-5, *tail, "silu"),
         ]  # fmt: skip
+        samples["conv_bn_training"] += [
+            (t(*x), t(*w), r(*b), r(6), r(6), 1e-5, *tail),
+            (t(*x), t(*w), None, None, None, 1e-3, *tail),
+        ]
         samples["conv2d_act_max_pool2d"] += [
             (*fixed, None, *tail, "relu", [2, 2], [], [0, 0]),
             (*fixed, norm[0], *tail, "silu", *window),

@@ -8,6 +8,7 @@ import torch
 import fastconv
 import fastconv.functional as ff
 import support
+from fastconv import triton_kernels
 from fastconv.benchmarking.shapes import CONV_EDGES
 from support import DTYPES, FORMATS
 
@@ -27,16 +28,19 @@ def test_the_table_has_unique_names_and_known_columns():
     assert len({row.name for row in table}) == len(table) > 0
     for row in table:
         assert row.op in (
-            "conv2d", "conv2d_max_pool2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
-            "batch_norm",
+            "conv2d", "conv2d_max_pool2d", "conv2d_statistics", "max_pool2d", "avg_pool2d",
+            "adaptive_avg_pool2d", "batch_norm",
         )  # fmt: skip
         assert row.direction in ("fprop", "dgrad", "wgrad", "bgrad")
         assert row.backend in ("cuda", "triton", "cpu", "emulator")
         assert row.arch in ("portable", "avx2", "avx512") or row.arch.startswith("sm_")
         assert row.dtypes and set(row.dtypes) <= set(DTYPES)
         assert row.layouts and set(row.layouts) <= set(FORMATS)
-        assert row.name.startswith((row.op, "conv1x1"))
-        assert row.name.removesuffix("_emulated").endswith(row.direction)
+        convolves = row.op in ("conv2d", "conv2d_statistics")
+        assert row.name.startswith(("conv2d_", "conv1x1_") if convolves else row.op)
+        assert (row.op.rsplit("_", 1)[-1] if "statistics" in row.op else row.direction) in (
+            row.name.split("_")
+        )
 
 
 def test_every_operation_and_direction_ends_in_a_general_row():
@@ -246,7 +250,7 @@ def test_scopes_decorate_functions():
 
 def test_a_forced_kernel_binds_its_own_operation_alone():
     x, w = tensors()
-    row = next(r for r in fastconv.kernels() if r.op == "conv2d" and r.direction == "fprop")
+    row = next(r for r in support.rows("conv2d", "fprop"))
     with fastconv.kernel(row.name):
         y = torch.randn(1, 2, 6, 6, requires_grad=True)
         out = ff.batch_norm(ff.avg_pool2d(ff.max_pool2d(y, 2), 1), None, None, training=True)
@@ -260,6 +264,8 @@ def test_a_forced_kernel_that_cannot_run_says_why():
     for row in fastconv.kernels():
         if (row.op, row.direction) != ("conv2d", "fprop"):
             continue
+        if row.backend == "triton" and triton_kernels.available():
+            continue  # kernel() itself refuses: see test_triton_rows.py
         for shape in CONV_EDGES:
             case = support.conv_case(shape, "integers", torch.float32)
             text = None

@@ -3,9 +3,18 @@
 namespace fastconv {
 namespace {
 
-bool runs_on(Backend backend, const Device& device) {
-  const bool gpu_row = backend == Backend::kCuda || backend == Backend::kTriton;
-  return gpu_row == (device.type == Device::Type::kCuda);
+// Empty when rows of `backend` take tensors of such a device, otherwise where they run.
+std::string refuse_device(Backend backend, const Device& device) {
+  if (backend == Backend::kTriton) return device.no_triton != nullptr ? device.no_triton : "";
+  const bool gpu = device.type == Device::Type::kCuda;
+  if ((backend == Backend::kCuda) == gpu) return {};
+  return gpu ? "runs on CPU tensors" : "runs on CUDA tensors";
+}
+
+// On a CPU a GPU's rows run in an emulator or an interpreter: to judge kernels, for they are never
+// the fastest way to a result.
+bool runs_unasked(Backend backend, const Device& device) {
+  return device.type == Device::Type::kCuda || backend == Backend::kCpu;
 }
 
 // "sm_90a" -> 90; anything else -> 0.
@@ -16,7 +25,7 @@ int sm_of(const std::string& arch) {
 std::string refuse_machine(const std::string& arch, const Device& device) {
   if (arch == "avx512" && device.isa < CpuIsa::kAvx512) return "needs AVX-512";
   if (arch == "avx2" && device.isa < CpuIsa::kAvx2) return "needs AVX2 and FMA";
-  if (device.type == Device::Type::kCpu) return {};  // the emulator runs every sm_ row
+  if (device.type == Device::Type::kCpu) return {};  // emulated and interpreted: every sm_ row
   const int sm = sm_of(arch);
   const bool feature_set = !arch.empty() && arch.back() == 'a';  // sm_90a runs on 9.0 alone
   if (sm > device.sm_arch || (feature_set && sm != device.sm_arch)) return "needs " + arch;
@@ -27,16 +36,12 @@ std::string refuse_machine(const std::string& arch, const Device& device) {
 template <class K>
 std::string refusal(const K& row, const typename K::Problem& problem, const Device& device,
                     const Selection& selection) {
-  if (!runs_on(row.backend, device)) {
-    return device.type == Device::Type::kCuda ? "runs on CPU tensors" : "runs on CUDA tensors";
-  }
+  if (std::string why = refuse_device(row.backend, device); !why.empty()) return why;
   if (selection.backend_forced && row.backend != selection.backend) {
     return std::string("backend ") + name_of(selection.backend) + " is forced";
   }
-  // The emulator judges kernels; it is never the fastest way to a result.
-  if (row.backend == Backend::kEmulator && !selection.backend_forced && selection.kernel.empty()) {
-    return "runs only when asked for";
-  }
+  const bool asked_for = selection.backend_forced || selection.kernel == row.name;
+  if (!asked_for && !runs_unasked(row.backend, device)) return "runs only when asked for";
   if (row.backend == Backend::kCuda && !device.unsupported.empty()) return device.unsupported;
   if (std::string why = refuse_machine(row.arch, device); !why.empty()) return why;
   if (!(row.dtypes & bit(problem.dtype))) return std::string("dtype ") + name_of(problem.dtype);

@@ -36,7 +36,8 @@ struct Conv2dProblem {
   DType dtype = DType::kFloat32;
   Layout layout = Layout::kNCHW;  // of input and output (and their gradients), densely packed
   Layout filter_layout = Layout::kNCHW;  // KCRS or KRSC, densely packed
-  Epilogue epilogue;                     // fprop only
+  bool tf32 = false;  // float32 operands may be rounded to TF32, as torch's switches say
+  Epilogue epilogue;  // fprop only
 
   FASTCONV_HOST_DEVICE int64_t P() const {
     return (H + 2 * pad_h - dil_h * (R - 1) - 1) / stride_h + 1;
@@ -70,7 +71,9 @@ struct Conv2dArgs {
   const void* scale = nullptr;
   const void* shift = nullptr;
   const void* residual = nullptr;
-  void* out = nullptr;        // output, input gradient, filter gradient or bias gradient
+  void* out = nullptr;       // output, input gradient, filter gradient or bias gradient
+  void* mean_out = nullptr;  // of op "conv2d_statistics": K values of the accumulator's type
+  void* var_out = nullptr;
   void* workspace = nullptr;  // as many bytes as the row asked for, 64-byte aligned
 };
 

@@ -35,6 +35,9 @@ struct Epilogue {
   Activation activation = Activation::kNone;
   double slope = 0.01;  // of kLeakyReLU below zero
   EpiloguePool pool;    // of op "conv2d_max_pool2d"
+  // Mean and biased variance of each filter's results over N, P and Q, rounded as they are stored:
+  // rows of op "conv2d_statistics" alone.
+  bool statistics = false;
 
   bool empty() const { return !scale && !shift && !residual && activation == Activation::kNone; }
 };

@@ -14,6 +14,7 @@ std::atomic<const KernelTable*>& published() {
 #ifdef FASTCONV_WITH_CUDA
     add_cuda_kernels(*t);
 #endif
+    add_triton_kernels(*t);
     add_cpu_kernels(*t);
     return t;
   }()};

@@ -35,10 +35,11 @@ struct Device {
   int sm_arch = 0;                      // GPU: 80, 90, ...
   int sm_count = 0;                     // GPU
   int64_t shared_memory_per_block = 0;  // GPU: bytes, opt-in maximum
-  std::string unsupported;  // GPU: why no CUDA row of this build runs on it; empty: they do
+  std::string unsupported;          // GPU: why no CUDA row of this build runs on it; empty: they do
+  const char* no_triton = nullptr;  // why no Triton row runs on it; null: they do
 };
 
-// How a launch runs: on a CPU, which threads; on a GPU, which stream.
+// How a launch runs: on a CPU, which threads; on a GPU, which one and which stream.
 struct Context {
   using RangeBody = std::function<void(int64_t begin, int64_t end)>;
   int threads = 1;
@@ -46,6 +47,7 @@ struct Context {
   // are done and rethrows what a body threw. Ranges depend on n and `threads` alone.
   std::function<void(int64_t n, const RangeBody& body)> parallel_for;
   void* stream = nullptr;  // a cudaStream_t
+  int device = -1;         // the GPU's index; -1: a CPU
 };
 
 template <class ProblemT, class ArgsT>
@@ -81,9 +83,10 @@ struct KernelTable {
   std::vector<BatchNormKernel> batch_norm;
 };
 
-// Each backend appends its rows (csrc/cpu/table.cpp, csrc/cuda/table.cpp).
+// Each backend appends its rows (csrc/cpu/table.cpp, csrc/cuda/table.cpp, csrc/triton/table.cpp).
 void add_cpu_kernels(KernelTable& table);
 void add_cuda_kernels(KernelTable& table);
+void add_triton_kernels(KernelTable& table);
 
 // The one table, built on first use.
 const KernelTable& kernel_table();

@@ -8,12 +8,11 @@
 #include <string>
 #include <utility>
 
+#include "core/integers.h"
 #include "core/kernel_table.h"
 #include "cpu/streaming.h"
 
 namespace fastconv {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Strides, in elements, of a dense N x C x rows x cols tensor.
 struct PlaneStrides {

@@ -173,16 +173,6 @@ __device__ inline void store_results(const EpilogueParams& e, void* out, int k, 
   if (vector) store_pack(to, values);
 }
 
-constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-// The device as a launch of `blocks` sees it where a kernel reaches its share of the peak with
-// `a_sm` blocks on every SM: with fewer, the rest idles.
-inline Device busy_part(Device device, int64_t blocks, int64_t a_sm) {
-  const int64_t busy = std::min<int64_t>(device.sm_count, blocks / a_sm);
-  device.sm_count = to_int(std::max<int64_t>(1, busy));
-  return device;
-}
-
 // Splitting a sum over `items` between `splits` blocks. Which items go where follows from the
 // problem alone, so the bits do not depend on the GPU. Each block leaves a partial sum of every
 // result in the workspace; reduce_partials() adds them up in ascending order.

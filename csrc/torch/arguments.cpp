@@ -311,6 +311,11 @@ void check_batch_norm(const at::Tensor& input, const OptionalTensor& weight,
               "batch_norm: running_mean and running_var must be given in evaluation mode");
 }
 
+void check_batched(const char* op, const at::Tensor& input) {
+  TORCH_CHECK(input.dim() != 3, op, ": expected a batch, but got an input of size ",
+              size_text(input.sym_sizes()));
+}
+
 void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const at::Tensor& mean,
                   const at::Tensor& var, const OptionalTensor& bn_weight,
                   const OptionalTensor& bn_bias, const OptionalTensor& residual) {

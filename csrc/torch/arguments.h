@@ -53,6 +53,9 @@ Conv2dSizes check_conv2d(const at::Tensor& input, const at::Tensor& weight,
 // The checks of conv2d that come first, before a 3-D input is told from a wrong one.
 void check_conv2d_ranks(const at::Tensor& input, const at::Tensor& weight);
 
+// For operators that take no 3-D input in place of a batch of one.
+void check_batched(const char* op, const at::Tensor& input);
+
 // The BatchNorm and residual of a fused convolution, against the convolution's own sizes.
 void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const at::Tensor& mean,
                   const at::Tensor& var, const OptionalTensor& bn_weight,

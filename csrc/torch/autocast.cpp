@@ -40,6 +40,16 @@ struct Autocast {
                             cast(residual), eps, stride, padding, dilation, groups, activation);
   }
 
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
+      const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+      const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+      SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+    c10::impl::ExcludeDispatchKeyGuard off(
+        at::autocast::get_autocast_dispatch_key_from_device_type(device));
+    return ops::conv_bn_training(cast(input), cast(weight), cast(bias), bn_weight, bn_bias, eps,
+                                 stride, padding, dilation, groups);
+  }
+
   static Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight,
                                       const OptionalTensor& bias, SymIntArrayRef stride,
                                       SymIntArrayRef padding, SymIntArrayRef dilation,
@@ -60,11 +70,13 @@ TORCH_LIBRARY_IMPL(fastconv, AutocastCPU, m) {
   m.impl("conv2d", &Autocast<at::kCPU>::conv2d);
   m.impl("conv_bn_act", &Autocast<at::kCPU>::conv_bn_act);
   m.impl("conv2d_act_max_pool2d", &Autocast<at::kCPU>::conv2d_act_max_pool2d);
+  m.impl("conv_bn_training", &Autocast<at::kCPU>::conv_bn_training);
 }
 TORCH_LIBRARY_IMPL(fastconv, AutocastCUDA, m) {
   m.impl("conv2d", &Autocast<at::kCUDA>::conv2d);
   m.impl("conv_bn_act", &Autocast<at::kCUDA>::conv_bn_act);
   m.impl("conv2d_act_max_pool2d", &Autocast<at::kCUDA>::conv2d_act_max_pool2d);
+  m.impl("conv_bn_training", &Autocast<at::kCUDA>::conv_bn_training);
 }
 
 }  // namespace fastconv

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "torch/history.h"
 #include "torch/launch.h"
 #include "torch/node.h"
 #include "torch/ops.h"
@@ -120,13 +121,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
     const auto statistic = [](const Tensor& t) { return t._fw_primal(0).detach().flatten(); };
     return {affine(n.x_hat, input, weight, bias), statistic(n.mean), statistic(n.var)};
   }
-  const auto node = make_node<BatchNormBackward>(input, weight, bias);
   auto [out, mean, var] = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::batch_norm_training(input, weight, bias, eps);
   }();
-  if (node) node->keep(input, weight, mean, var, /*train=*/true, eps);
-  set_history(out, node);  // mean and var carry no gradient: they feed the running statistics
+  set_batch_norm_training_history(out, input, weight, bias, mean, var, eps);
   return {out, mean, var};
 }
 
@@ -163,6 +162,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
 }
 
 }  // namespace
+
+void set_batch_norm_training_history(const Tensor& out, const Tensor& input,
+                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                     const Tensor& mean, const Tensor& var, double eps) {
+  const auto node = make_node<BatchNormBackward>(input, weight, bias);
+  if (node) node->keep(input, weight, mean, var, /*train=*/true, eps);
+  set_history(out, node);  // mean and var carry no gradient: they feed the running statistics
+}
 
 TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
   m.impl("batch_norm_training", &batch_norm_training);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "torch/activation.h"
+#include "torch/history.h"
 #include "torch/launch.h"
 #include "torch/node.h"
 #include "torch/ops.h"
@@ -137,19 +138,13 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
         .squeeze(0);
   }
   const bool tangents = has_tangent(input) || has_tangent(weight) || has_tangent(bias);
-  const auto node = make_node<Conv2dBackward>(input, weight, bias);
-  if (!node && !tangents) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return ops::conv2d(input, weight, bias, stride, padding, dilation, std::move(groups));
-  }
-  const Geometry geometry(stride, padding, dilation, groups);
-  if (node) node->keep(geometry, input, weight);
   const Tensor out = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
-    return geometry.fprop(input, weight, bias);
+    return ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
   }();
-  set_history(out, node);
+  set_conv2d_history(out, input, weight, bias, stride, padding, dilation, groups);
   if (tangents) {
+    const Geometry geometry(stride, padding, dilation, groups);
     Tensor tangent = bilinear_tangent(
         input, weight, [&](const Tensor& x, const Tensor& w) { return geometry.fprop(x, w); });
     if (has_tangent(bias)) {
@@ -254,7 +249,38 @@ Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const Op
                          /*ceil_mode=*/false);
 }
 
+// As two operators with a derivative each; below them, one kernel less where a row fits.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+  check_batched("conv_bn_training", input);
+  const bool tangents = has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
+                        has_tangent(bn_weight) || has_tangent(bn_bias);
+  if (tangents || !is_own(input) || !is_own(weight) || aten_is_forced()) {
+    const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
+    const auto [out, mean, var] = ops::batch_norm_training(y, bn_weight, bn_bias, eps);
+    return {out, y, mean, var};
+  }
+  const auto [out, y, mean, var] = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::conv_bn_training(input, weight, bias, bn_weight, bn_bias, eps, stride, padding,
+                                 dilation, groups);
+  }();
+  set_conv2d_history(y, input, weight, bias, stride, padding, dilation, groups);
+  set_batch_norm_training_history(out, y, bn_weight, bn_bias, mean, var, eps);
+  return {out, y, mean, var};
+}
+
 }  // namespace
+
+void set_conv2d_history(const Tensor& out, const Tensor& input, const Tensor& weight,
+                        const OptionalTensor& bias, SymIntArrayRef stride, SymIntArrayRef padding,
+                        SymIntArrayRef dilation, const SymInt& groups) {
+  const auto node = make_node<Conv2dBackward>(input, weight, bias);
+  if (node) node->keep(Geometry(stride, padding, dilation, groups), input, weight);
+  set_history(out, node);
+}
 
 TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
   m.impl("conv2d", &conv2d);
@@ -263,6 +289,7 @@ TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
   m.impl("conv2d_bgrad", &conv2d_bgrad);
   m.impl("conv_bn_act", &conv_bn_act);
   m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
+  m.impl("conv_bn_training", &conv_bn_training);
 }
 
 }  // namespace fastconv

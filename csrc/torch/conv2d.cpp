@@ -9,11 +9,14 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "torch/activation.h"
 #include "torch/arguments.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
 #include "torch/ops.h"
+#include "torch/precision.h"
 
 namespace fastconv {
 namespace {
@@ -44,6 +47,7 @@ Conv2dProblem make_problem(at::IntArrayRef input_size, at::IntArrayRef weight_si
   p.dtype = dtype_of(like);
   p.layout = layout_of(channels_last);
   p.filter_layout = layout_of(filter_channels_last);
+  p.tf32 = like.is_cuda() && p.dtype == DType::kFloat32 && conv_may_use_tf32();
   return p;
 }
 
@@ -55,9 +59,10 @@ Tensor empty_output(const Conv2dProblem& p, const Tensor& like, bool channels_la
   return at::empty({p.N, p.K, p.P(), p.Q()}, like.options(), memory_format(channels_last));
 }
 
-// Runs a forward row whose epilogue is at most a bias, an activation and a pooling.
+// Runs a forward row whose epilogue is at most a bias, an activation, a pooling and statistics.
 void run_forward(const Conv2dKernel& row, const Conv2dProblem& p, const Tensor& input,
-                 const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+                 const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
+                 const Tensor& mean = {}, const Tensor& var = {}) {
   if (out.numel() == 0) return;
   const Tensor x = input.contiguous(memory_format(p.layout == Layout::kNHWC));
   const Tensor w = weight.contiguous(memory_format(p.filter_layout == Layout::kNHWC));
@@ -67,6 +72,8 @@ void run_forward(const Conv2dKernel& row, const Conv2dProblem& p, const Tensor& 
   args.filter = w.const_data_ptr();
   args.shift = bias ? shift.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
+  args.mean_out = mean.defined() ? mean.mutable_data_ptr() : nullptr;
+  args.var_out = var.defined() ? var.mutable_data_ptr() : nullptr;
   launch(row, p, args, out);
 }
 
@@ -276,25 +283,37 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   return out;
 }
 
-// The row that convolves, activates and pools in one kernel, or null: none can, or a convolution
-// and a pooling are expected to take less time (a large convolution, on tensor cores).
-const Conv2dKernel* pick_fused(const Conv2dProblem& fused, const Conv2dProblem& conv,
-                               const Pool2dProblem& pool, const Tensor& like) {
-  const KernelTable& table = kernel_table();
+// The cheapest row of an operation that has convolution as its first part, or null. With `forced`
+// it is the one to run, whatever the parts would take: the user has named it.
+struct FusedChoice {
+  const Conv2dKernel* row;
+  bool forced;
+};
+FusedChoice choose_fused(const char* op, const Conv2dProblem& fused, const Device& device) {
   const Selection& selection = current_selection();
-  const Device device = machine_of(like);
   std::vector<Candidate> candidates;
-  const Conv2dKernel* row =
-      choose(table.conv2d, "conv2d_max_pool2d", Direction::kFprop, fused, device, selection,
-             selection.kernel.empty() ? nullptr : &candidates);
+  const Conv2dKernel* row = choose(kernel_table().conv2d, op, Direction::kFprop, fused, device,
+                                   selection, selection.kernel.empty() ? nullptr : &candidates);
   for (const Candidate& c : candidates) {
     if (c.name != selection.kernel) continue;
     if (row == nullptr) {
-      require_fallback_allowed("conv2d_max_pool2d fprop", describe(candidates),
+      require_fallback_allowed(std::string(op) + " fprop", describe(candidates),
                                /*kernel_forced=*/true);
     }
-    return row;
+    return {row, true};
   }
+  return {row, false};
+}
+
+// The row that convolves, activates and pools in one kernel, or null: none can, or a convolution
+// and a pooling are expected to take less time (a large convolution, on tensor cores).
+const Conv2dKernel* pick_pooled(const Conv2dProblem& fused, const Conv2dProblem& conv,
+                                const Pool2dProblem& pool, const Tensor& like) {
+  const KernelTable& table = kernel_table();
+  const Selection& selection = current_selection();
+  const Device device = machine_of(like);
+  const auto [row, forced] = choose_fused("conv2d_max_pool2d", fused, device);
+  if (forced) return row;
   if (row == nullptr) return nullptr;
   const Conv2dKernel* first =
       choose(table.conv2d, "conv2d", Direction::kFprop, conv, device, selection);
@@ -344,7 +363,7 @@ Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const Op
   set_window(pool, window);
   Conv2dProblem fused = p;
   fused.epilogue.pool = {pool.R, pool.S, pool.stride_h, pool.stride_w, pool.pad_h, pool.pad_w};
-  if (const Conv2dKernel* row = pick_fused(fused, p, pool, input)) {
+  if (const Conv2dKernel* row = pick_pooled(fused, p, pool, input)) {
     Tensor out = at::empty(output_size, input.options(), memory_format(channels_last));
     run_forward(*row, fused, input, weight, bias, out);
     return out;
@@ -354,6 +373,72 @@ Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const Op
   Tensor y = empty_output(p, input, channels_last);
   run_forward(*row, p, input, weight, bias, y);
   return pooled(y);
+}
+
+// The row that leaves each filter's mean and variance with the convolution's result, or null: none
+// can, or BatchNorm's own pass over the result is expected to take less time.
+const Conv2dKernel* pick_statistics(const Conv2dProblem& p, const Tensor& like) {
+  const KernelTable& table = kernel_table();
+  const Selection& selection = current_selection();
+  const Device device = machine_of(like);
+  Conv2dProblem fused = p;
+  fused.epilogue.statistics = true;
+  const auto [row, forced] = choose_fused("conv2d_statistics", fused, device);
+  if (forced || row == nullptr) return row;
+  if (!selection.kernel.empty()) return nullptr;  // it may be the convolution that is forced
+  const auto expected = [&](const auto& rows, const char* op, const auto& problem) {
+    const auto* best = choose(rows, op, Direction::kFprop, problem, device, selection);
+    return best != nullptr ? best->cost(problem, device) : std::numeric_limits<double>::infinity();
+  };
+  BatchNormProblem norm;
+  norm.N = p.N;
+  norm.C = p.K;
+  norm.H = p.P();
+  norm.W = p.Q();
+  norm.dtype = p.dtype;
+  norm.layout = p.layout;
+  const double apart =
+      expected(table.conv2d, "conv2d", p) + expected(table.batch_norm, "batch_norm", norm);
+  norm.training = false;
+  const double together = row->cost(fused, device) + expected(table.batch_norm, "batch_norm", norm);
+  return together <= apart ? row : nullptr;
+}
+
+// batch_norm(conv2d(input)) with the batch's own statistics: output, the convolution's result
+// (which backward needs), mean, biased variance.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+  check_batched("conv_bn_training", input);
+  const auto apart = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
+    const auto [out, mean, var] = ops::batch_norm_training(y, bn_weight, bn_bias, eps);
+    return {out, y, mean, var};
+  };
+  if (!is_own(input) || !is_own(weight) || aten_is_forced()) return apart();
+  check_conv2d_ranks(input, weight);
+  check_conv2d(input, weight, bias, stride, padding, dilation, groups);
+  const bool filter_channels_last = suggests_channels_last(weight);
+  const bool channels_last = filter_channels_last || suggests_channels_last(input);
+  Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
+                                 input, channels_last, filter_channels_last);
+  p.epilogue.shift = bias.has_value();
+  const Conv2dKernel* row = p.output_elements() > 0 ? pick_statistics(p, input) : nullptr;
+  if (row == nullptr) return apart();
+  p.epilogue.statistics = true;
+  const auto statistics = input.options().dtype(accumulator_type(input));
+  const Tensor y = empty_output(p, input, channels_last);
+  const Tensor mean = at::empty({p.K}, statistics), var = at::empty({p.K}, statistics);
+  run_forward(*row, p, input, weight, bias, y, mean, var);
+  // Inference wants its per-channel tensors of one type, and the statistics are accumulators.
+  const auto as_statistics = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(as_accumulator(*t)) : OptionalTensor();
+  };
+  check_batch_norm(y, bn_weight, bn_bias, std::nullopt, std::nullopt, /*training=*/true);
+  const Tensor out = ops::batch_norm_inference(y, as_statistics(bn_weight), as_statistics(bn_bias),
+                                               mean, var, eps);
+  return {out, y, mean, var};
 }
 
 }  // namespace
@@ -397,14 +482,16 @@ TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv_bn_act", &conv_bn_act);
   m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
+  m.impl("conv_bn_training", &conv_bn_training);
 }
-#define FASTCONV_CONV2D_IMPLS(m)         \
-  m.impl("conv2d", &conv2d);             \
-  m.impl("conv2d_dgrad", &conv2d_dgrad); \
-  m.impl("conv2d_wgrad", &conv2d_wgrad); \
-  m.impl("conv2d_bgrad", &conv2d_bgrad); \
-  m.impl("conv_bn_act", &conv_bn_act);   \
-  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
+#define FASTCONV_CONV2D_IMPLS(m)                           \
+  m.impl("conv2d", &conv2d);                               \
+  m.impl("conv2d_dgrad", &conv2d_dgrad);                   \
+  m.impl("conv2d_wgrad", &conv2d_wgrad);                   \
+  m.impl("conv2d_bgrad", &conv2d_bgrad);                   \
+  m.impl("conv_bn_act", &conv_bn_act);                     \
+  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d); \
+  m.impl("conv_bn_training", &conv_bn_training);
 TORCH_LIBRARY_IMPL(fastconv, CPU, m){FASTCONV_CONV2D_IMPLS(m)} TORCH_LIBRARY_IMPL(fastconv, CUDA,
                                                                                   m) {
   FASTCONV_CONV2D_IMPLS(m)

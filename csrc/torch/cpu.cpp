@@ -1,8 +1,10 @@
-// The CPU as a device: its instruction set, torch's intra-op threads.
+// The machine behind a tensor. The CPU: its instruction set, torch's intra-op threads; a GPU is
+// asked by cuda.cpp, in builds without CUDA by Python.
 #include <ATen/Parallel.h>
 
 #include "cpu/isa.h"
 #include "torch/launch.h"
+#include "torch/triton.h"
 
 namespace fastconv {
 
@@ -33,21 +35,28 @@ Context cpu_context(int threads) {
 }  // namespace
 
 Device machine_of(const at::Tensor& t) {
-#ifdef FASTCONV_WITH_CUDA
-  if (t.is_cuda()) return cuda_machine_of(t);
-#endif
   Device device;
-  device.type = t.is_cuda() ? Device::Type::kCuda : Device::Type::kCpu;
-  device.threads = available_threads();
-  device.isa = host_isa();
+  if (t.is_cuda()) {
+#ifdef FASTCONV_WITH_CUDA
+    device = cuda_machine_of(t);
+#else
+    device = gpu_seen_from_python(t.get_device());
+#endif
+  } else {
+    device.threads = available_threads();
+    device.isa = host_isa();
+  }
+  device.no_triton = why_no_triton(t.is_cuda());
   return device;
 }
 
-Context context_of([[maybe_unused]] const at::Tensor& t, const Device& machine) {
+Context context_of(const at::Tensor& t, const Device& machine) {
 #ifdef FASTCONV_WITH_CUDA
   if (t.is_cuda()) return cuda_context_of(t);
 #endif
-  return cpu_context(machine.threads);
+  Context context = cpu_context(machine.threads);
+  if (t.is_cuda()) context.device = t.get_device();  // Triton's rows take torch's current stream
+  return context;
 }
 
 }  // namespace fastconv

@@ -60,6 +60,7 @@ Device cuda_machine_of(const at::Tensor& t) {
 // launch() has made that current before it comes here.
 Context cuda_context_of(const at::Tensor& t) {
   Context context;
+  context.device = t.get_device();
   context.stream = c10::cuda::getCurrentCUDAStream(t.get_device()).stream();
   return context;
 }

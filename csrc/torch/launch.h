@@ -42,7 +42,8 @@ void require_fallback_allowed(const std::string& op, const at::Tensor& input);
 std::string describe(const std::vector<Candidate>& candidates);
 // Why no row runs: what stands against the whole machine, else what stands against each row.
 inline std::string why_none(const std::vector<Candidate>& candidates, const Device& device) {
-  return device.unsupported.empty() ? describe(candidates) : device.unsupported;
+  const bool whole = !device.unsupported.empty() && device.no_triton != nullptr;
+  return whole ? device.unsupported : describe(candidates);
 }
 bool aten_is_forced();
 

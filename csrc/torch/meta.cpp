@@ -193,6 +193,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor&, const Tens
           output_mask[2] ? at::empty_symint(channels, options) : Tensor()};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+  check_batched("conv_bn_training", input);
+  const Tensor y = conv2d(input, weight, bias, stride, padding, dilation, std::move(groups));
+  const auto [out, mean, var] = batch_norm_training(y, bn_weight, bn_bias, eps);
+  return {out, y, mean, var};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastconv, Meta, m) {
@@ -202,6 +212,7 @@ TORCH_LIBRARY_IMPL(fastconv, Meta, m) {
   m.impl("conv2d_bgrad", &conv2d_bgrad);
   m.impl("conv_bn_act", &conv_bn_act);
   m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
+  m.impl("conv_bn_training", &conv_bn_training);
   m.impl("max_pool2d", &max_pool2d);
   m.impl("max_pool2d_with_offsets", &max_pool2d_with_offsets);
   m.impl("max_pool2d_with_indices", &max_pool2d_with_indices);

@@ -11,7 +11,9 @@
 #include "torch/arguments.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
+#include "torch/precision.h"
 #include "torch/selection.h"
+#include "torch/triton.h"
 
 namespace py = pybind11;
 
@@ -131,6 +133,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_selection", &set_selection);
   m.def("load_emulator", &load_emulator);
   m.def("refuse_architecture", &refuse_architecture);
+  m.def("conv_may_use_tf32", &conv_may_use_tf32);
+  bind_triton(m);
   m.def("cpu_isa", [] { return std::string(name_of(host_isa())); });
 #ifdef FASTCONV_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -48,6 +48,14 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                 stride, padding, dilation, std::move(groups), activation);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
+    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+  FASTCONV_CALL(conv_bn_training, input, weight, bias, bn_weight, bn_bias, eps, stride, padding,
+                dilation, std::move(groups));
+}
+
 Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                              SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,

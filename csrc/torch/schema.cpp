@@ -20,6 +20,13 @@ TORCH_LIBRARY(fastconv, m) {
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation) -> Tensor");
 
+  // Training: batch_norm(conv2d(input)) with the batch's own statistics. Returns the output, the
+  // convolution's result, mean and biased variance (float32; float64 for float64).
+  m.def(
+      "conv_bn_training(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, "
+      "Tensor? bn_bias, float eps, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+      "SymInt groups) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // Inference of small nets: max_pool2d(activation(conv2d(input))) in one kernel.
   m.def(
       "conv2d_act_max_pool2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
