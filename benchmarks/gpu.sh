@@ -21,10 +21,11 @@ export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 PATH=$CUDA_HOME/bin:$PATH
 
 test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd modules
-  pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet)
+  pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet triton_rows triton_runtime
+  triton_autotune triton_networks)
 tools=(memcheck racecheck synccheck)
 slices=(build resources instructions smoke "${test_files[@]/#/tests-}" "${tools[@]/#/sanitizer-}"
-  bench-float32 bench-bfloat16 bench-other)
+  bench-float32 bench-bfloat16 bench-triton bench-inductor bench-other)
 
 # Seconds that each slice may take.
 limit_of() {
@@ -75,7 +76,7 @@ slice_tests() { # FILE
     # These loop over the whole table inside a test; without a C++ compiler the emulator's rows,
     # which would take most of the time, are not in it.
     batch_norm | pooling) compiler=none ;;
-    conv2d_kernels) select=(-k "sm80 or sm90 or cuda") compiler=none ;;
+    conv2d_kernels) select=(-k "sm80 or sm90 or cuda or triton") compiler=none ;;
     alignment | fused_pool) select=(-k "not emulat") ;;
     autograd | modules) select=(-k cuda) ;;
   esac
@@ -92,7 +93,7 @@ slice_sanitizer() { # TOOL
   return $status
 }
 
-slice_bench() { # WHAT: float32, bfloat16 (convolutions) or other (pooling, BatchNorm, fused)
+slice_bench() { # WHAT: see gpu_bench.py
   "$python" benchmarks/gpu_bench.py "$1" --json "$out/bench-$1-figures.json"
 }
 

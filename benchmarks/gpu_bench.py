@@ -1,12 +1,15 @@
 """fastconv beside cuDNN on a GPU, layer by layer, in a JSON file that a later call continues.
 
-    python benchmarks/gpu_bench.py float32 | bfloat16 | other --json FILE [--seconds N]
+    python benchmarks/gpu_bench.py float32 | bfloat16 | triton | inductor | other --json FILE
+                                   [--seconds N]
 
 float32 and bfloat16: every convolution of the networks, forward and both gradients, each side in
-its better layout. other: poolings, BatchNorm and the fused small-net operator. PyTorch runs as well
-as it can: cudnn.benchmark is on; float32 is float32 on both sides, TF32 off. Times are medians
-between CUDA events with a cold L2 cache, in turns (fastconv/benchmarking/timing.py), and what is
-computed is compared before it is timed. Ends with status 3 when the time ran out first.
+its better layout. triton: the same in bfloat16 for ResNet-50 and VGG-16, by the Triton kernels
+alone; inductor: their forward against torch.compile's max-autotune. other: poolings, BatchNorm and
+the fused small-net operator. PyTorch runs as well as it can: cudnn.benchmark is on; float32 is
+float32 on both sides, TF32 off. Times are medians between CUDA events with a cold L2 cache, in
+turns (fastconv/benchmarking/timing.py), and what is computed is compared before it is timed. Ends
+with status 3 when the time ran out first.
 """
 
 import argparse
@@ -51,6 +54,37 @@ def convolutions(dtype):
                     return layers.layer_ways(layer, direction, dtype, "cuda")
 
                 yield f"{name} {direction}", ways
+
+
+def triton_convolutions(directions):
+    """ResNet-50's and VGG-16's layers in bfloat16, ours by the Triton kernels alone."""
+    layers.TOLERANCE = TOLERANCES[torch.bfloat16]
+    for network in ("resnet50", "vgg16"):
+        for name, layer in layers.layers_of([network], BATCHES[network]).items():
+            for direction in directions:
+
+                def ways(layer=layer, direction=direction):
+                    with fastconv.backend("triton"):
+                        found = layers.layer_ways(layer, direction, torch.bfloat16, "cuda")
+                    return {
+                        key: fastconv.backend("triton")(way) if key[0] == "ours" else way
+                        for key, way in found.items()
+                    }
+
+                yield f"{name} {direction}", ways
+
+
+def inductor_convolutions():
+    """The same layers forward, beside what torch.compile makes of them, in NHWC."""
+    for name, ways in triton_convolutions(["fprop"]):
+
+        def with_inductor(ways=ways):
+            found = ways()
+            theirs = torch.compile(found["theirs", "NHWC"], mode="max-autotune-no-cudagraphs")
+            theirs()
+            return {("ours", "NHWC"): found["ours", "NHWC"], ("theirs", "NHWC"): theirs}
+
+        yield name, with_inductor
 
 
 def calls(function, size, backward):
@@ -134,9 +168,18 @@ def measure(ways) -> dict:
     return {"us": us, "torch_over_fastconv": round(best["theirs"] / best["ours"], 3)}
 
 
+WHAT = {
+    "float32": lambda: convolutions(torch.float32),
+    "bfloat16": lambda: convolutions(torch.bfloat16),
+    "triton": lambda: triton_convolutions(layers.DIRECTIONS),
+    "inductor": inductor_convolutions,
+    "other": others,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("float32", "bfloat16", "other"))
+    parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=400, help="begin nothing after this time")
     arguments = parser.parse_args()
@@ -147,7 +190,7 @@ def main() -> int:
     if arguments.json.exists():
         kept["figures"] = json.loads(arguments.json.read_text())["figures"]
     figures = kept["figures"]
-    todo = others() if arguments.what == "other" else convolutions(getattr(torch, arguments.what))
+    todo = WHAT[arguments.what]()
     began, complete = time.monotonic(), True
     with fastconv.allow_fallback(False):
         for name, ways in todo:

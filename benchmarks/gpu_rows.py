@@ -1,4 +1,4 @@
-"""Runs every CUDA row once or twice, each forced, and compares with PyTorch on the CPU in float64.
+"""Runs every GPU row once or twice, each forced, and compares with PyTorch on the CPU in float64.
 
 A smoke test for a GPU, and with --small a program short enough for compute-sanitizer. --emulated
 runs the same rows on the CPU. Ends with status 1 when a row is wrong or nothing ran.
@@ -124,13 +124,16 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the first few problems alone")
     parser.add_argument("--emulated", action="store_true", help="on the CPU, by the emulator")
     arguments = parser.parse_args()
-    backend, device = ("emulator", "cpu") if arguments.emulated else ("cuda", "cuda")
+    backends, device = (
+        (("emulator",), "cpu") if arguments.emulated else (("cuda", "triton"), "cuda")
+    )
     if arguments.emulated:
         fastconv.emulator.load()
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 errs by more than is allowed here
     torch.manual_seed(0)
     total, faults = 0, []
     for row in fastconv.kernels():
-        if row.backend != backend:
+        if row.backend not in backends or row.op not in CALLS:
             continue
         ran, wrong = check(row, device, arguments.small)
         print(f"{row.name:<48} {ran:>4} runs, {len(wrong)} wrong")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import fastconv
 import references
+from fastconv import triton_kernels
 from fastconv.benchmarking.shapes import ConvShape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -57,6 +58,15 @@ def emulator_missing() -> str:
     return missing
 
 
+@functools.cache
+def triton_missing() -> str:
+    """Empty when the Triton kernels run here, on a GPU or by the interpreter, otherwise why not."""
+    missing = triton_kernels.available()
+    if missing and os.environ.get("FASTCONV_REQUIRE_TRITON"):
+        raise RuntimeError(f"FASTCONV_REQUIRE_TRITON is set, but {missing}")
+    return missing
+
+
 def table() -> list:
     """The rows of the kernel table that this machine can run."""
     here = {backend.name for backend in backends()}
@@ -69,7 +79,7 @@ def runs_here(row) -> bool:
         return capability.startswith("AVX512")
     if row.arch == "avx2":
         return capability.startswith("AVX")
-    if row.arch.startswith("sm_") and row.backend != "emulator":
+    if row.arch.startswith("sm_") and row_device(row) == "cuda":
         major, minor = torch.cuda.get_device_capability()
         needed = int(row.arch[3:].rstrip("a"))
         here = 10 * major + minor
@@ -83,13 +93,14 @@ def backends() -> tuple[Backend, ...]:
     emulated = not emulator_missing()
     compiled = {row.backend for row in fastconv.kernels()}
     gpu = torch.cuda.is_available()
+    triton = not triton_missing()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     candidates = (
         (Backend("cpu", "cpu"), "cpu" in compiled),
         (Backend("aten", "cpu"), True),
         (Backend("emulator", "cpu"), emulated),
-        (Backend("triton", "cpu"), "triton" in compiled and interpreted),
-        (Backend("triton", "cuda"), "triton" in compiled and gpu and not interpreted),
+        (Backend("triton", "cpu"), triton and interpreted),
+        (Backend("triton", "cuda"), triton and gpu and not interpreted),
         (Backend("cuda", "cuda"), "cuda" in compiled and gpu),
         (Backend("aten", "cuda"), gpu),
     )

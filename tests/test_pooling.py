@@ -66,6 +66,11 @@ def sweep(row, dtype, problems):
     assert ran or not must_run(row, dtype), f"{row.name} ran nothing"
 
 
+def interpreted(row):
+    """By Triton's interpreter, which takes some 20 us for an operation: 3 s for 17 x 17 taps."""
+    return row.backend == "triton" and support.row_device(row) == "cpu"
+
+
 @functools.cache
 def max_case(shape, dtype, values):
     """Input, output and positions. Few values, so that windows tie; in the second form NaN and
@@ -99,11 +104,16 @@ def test_max_forward(row, values, dtype, layout):
                     return "other indices"
                 return exact_failure(result[0], expected)
 
+            slow = interpreted(row) and shape.kernel == (17, 17)
+            if slow and values == "ties":
+                continue  # the other form ties too
             for grads in (False, True):  # with gradients, positions are kept
                 y = placed(x, layout, device).requires_grad_(grads)
                 name = f"{shape.name}, requires_grad {grads}"
-                yield name, lambda f=plain, y=y: f(y), lambda r, e=expected: exact_failure(r, e)
-                yield f"{name}, indices", lambda f=indexed, y=y: f(y), judge_both
+                if grads or not slow:
+                    yield name, lambda f=plain, y=y: f(y), lambda r, e=expected: exact_failure(r, e)
+                if not (grads and interpreted(row)):  # the same launch as without gradients
+                    yield f"{name}, indices", lambda f=indexed, y=y: f(y), judge_both
 
     with support.threads(2 if values == "ties" else 1):
         sweep(row, dtype, problems())

@@ -107,7 +107,7 @@ def run_with_gradients(function, sample):
     gradients = []
     if wanted and differentiable:
         generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in differentiable]
+        grads = [torch.randn(t.shape, generator=generator).to(t) for t in differentiable]
         gradients = list(torch.autograd.grad(differentiable, wanted, grads, allow_unused=True))
     rest = [a.detach() for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor)]
     return out, gradients, rest
@@ -145,8 +145,8 @@ def exact_results(function, sample, which):
     return run_with_gradients(function, wide)[which]
 
 
-def samples(info, dtype, step, requires_grad):
-    every = info.sample_inputs("cpu", dtype, requires_grad=requires_grad)
+def samples(info, dtype, step, requires_grad, device="cpu"):
+    every = info.sample_inputs(device, dtype, requires_grad=requires_grad)
     return itertools.islice(every, 0, None, step)
 
 
@@ -171,6 +171,24 @@ def test_samples(info, dtype, step):
         ran += 1
     assert ran
     support.coverage[f"op_db {info.name}: samples, {name_of(dtype)}"] += ran
+
+
+@pytest.mark.parametrize("info", operators())
+@pytest.mark.parametrize("device", [b.device for b in support.backends() if b.name == "triton"])
+def test_float32_samples_on_triton(info, device):
+    """Forward and backward, on Triton kernels alone."""
+    ran = 0
+    for sample in samples(info, torch.float32, 1, requires_grad=True, device=device):
+        theirs, error = outcome(run_with_gradients, info.op, sample)
+        if error is not None:
+            continue  # test_samples compares what is raised
+        with fastconv.backend("triton"):
+            ours = run_with_gradients(OPERATIONS[info.name], sample)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_alike(a, b, torch.float32, sample)
+        ran += 1
+    assert ran
+    support.coverage[f"op_db {info.name}: samples, float32, Triton"] += ran
 
 
 @pytest.mark.parametrize("info", operators())
