@@ -2,7 +2,7 @@
 PYTHON ?= python
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install test test-all emulate lint format bench gpu clean
+.PHONY: help install test test-all emulate triton lint format bench gpu clean
 
 help:      ## list these commands
 	@sed -n 's/^\([a-z-]*\): *## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -19,6 +19,10 @@ test-all:  ## the same with the large sweeps and 30 times as many random example
 emulate:   ## the CUDA kernels on this CPU: instructions, planted faults, every row, all of it under AddressSanitizer
 	$(PYTHON) -P -m pytest -m "" tests/test_emulator.py tests/test_emulator_instructions.py
 	FASTCONV_EVERY_SEED=1 $(PYTHON) -P -m pytest -m "" -k "emulator or emulated"
+
+triton:    ## the Triton kernels: by the interpreter, and every configuration compiled for sm_80 and sm_90
+	$(PYTHON) -P -m pytest -m "" -k triton
+	$(PYTHON) benchmarks/triton_resources.py --all
 
 lint:      ## ruff and clang-format, changing nothing
 	$(PYTHON) -m ruff check .

@@ -30,11 +30,12 @@ from support import (
     run_conv,
 )
 
-ROWS = [
-    pytest.param(row, id=row.name)
+TABLE = [
+    row
     for direction in ("fprop", "dgrad", "wgrad", "bgrad")
     for row in support.rows("conv2d", direction)
 ]
+ROWS = [pytest.param(row, id=row.name) for row in TABLE]
 # Contracts are about arithmetic, not borders: a few shapes with long and short sums suffice.
 RANDOM = {
     "3x3", "3x3 odd channels", "three channels, stem", "64 to 65 channels, 1x1",
@@ -47,6 +48,8 @@ RANDOM_SHAPES = [shape for shape in CONV_EDGES if shape.name in RANDOM]
 def sweep(row, kind, dtype, layouts, shapes, judge):
     """Runs a row on every shape it takes; returns how often it ran and what was wrong."""
     ran, wrong, refused = 0, [], []
+    if support.is_interpreted(row):  # float32 shows each place; other dtypes change conversions
+        shapes = shapes[:: 4 if dtype is not torch.float32 else 1 + (layouts[0] != layouts[1])]
     for shape in shapes:
         case = conv_case(shape, kind, dtype)
         results, reason = forced(row, lambda c=case: run_row(row, c, layouts))
@@ -84,18 +87,18 @@ def within_contract(row):
     return lambda actual, case: contract_failure(actual, case.reference[d], case.peer_error[d])
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("row, dtype, layouts", support.combinations(TABLE, DTYPES, LAYOUT_PAIRS))
 def test_integers_are_exact(row, dtype, layouts):
     with support.threads(2 if layouts[0] == layouts[1] else 1):
         check(row, "integers", dtype, layouts, CONV_EDGES, exact(row))
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "row, dtype, layouts",
+    # In mixed layouts the same numbers are added in the same order.
+    support.combinations(TABLE, DTYPES, LAYOUT_PAIRS, mixed_interpreted=False),
+)
 def test_random_numbers_keep_the_contract(row, dtype, layouts):
     check(row, "normal", dtype, layouts, RANDOM_SHAPES, within_contract(row))
 
@@ -112,8 +115,15 @@ LONG = (
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_long_sums_keep_the_contract(row, dtype, layout):
+    shapes = LONG
+    if support.is_interpreted(row):
+        if dtype is not torch.float32:
+            return  # tl.dot is NumPy's matmul there, in float32 for every dtype but float64
+        # The one whose sums are long in this direction.
+        which = {"fprop": 0, "dgrad": 1, "wgrad": 2, "bgrad": 2}[row.direction]
+        shapes = LONG[which : which + 1]
     # A depthwise row refuses all three.
-    _, wrong, _ = sweep(row, "normal", dtype, (layout, layout), LONG, within_contract(row))
+    _, wrong, _ = sweep(row, "normal", dtype, (layout, layout), shapes, within_contract(row))
     assert not wrong, f"{row.name}:\n" + "\n".join(wrong)
 
 
@@ -223,6 +233,9 @@ def run_fused(row, shape, tensors, activation, with_residual):
 def test_epilogue(row, activation, dtype, layouts):
     """scale, shift, residual, activation, one rounding: exact where the activation is."""
     wrong, ran = [], 0
+    if support.is_interpreted(row) and dtype is not torch.float32:
+        if layouts[0] == "NCHW" or activation not in ("relu", "silu"):
+            return  # float32's: what another dtype changes is the accumulator and the rounding
     for shape in FUSED:
         tensors = fused_tensors(conv_case(shape, "integers", dtype), layouts)
         for with_residual in (False, True):

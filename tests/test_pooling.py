@@ -1,6 +1,7 @@
 """Max, average and adaptive average pooling: every row, every edge, and torch's every quirk."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -52,6 +53,9 @@ def call(function, x, layout, grad=None, device="cpu"):
 def sweep(row, dtype, problems):
     """problems: (name, call of the row, judge of its result). Each runs with this row forced."""
     ran, wrong = 0, []
+    if support.is_interpreted(row) and dtype is not torch.float32:
+        # Every fourth, as places and order are float32's: another dtype changes only conversions.
+        problems = itertools.islice(problems, 0, None, 4)
     for name, run, judge in problems:
         result, reason = forced(row, run)
         if reason:
@@ -64,11 +68,6 @@ def sweep(row, dtype, problems):
     assert not wrong, f"{row.name}, {len(wrong)} of {ran}:\n" + "\n".join(wrong)
     assert not (ran and dtype not in row.dtypes), f"{row.name} does not list {dtype}"
     assert ran or not must_run(row, dtype), f"{row.name} ran nothing"
-
-
-def interpreted(row):
-    """By Triton's interpreter, which takes some 20 us for an operation: 3 s for 17 x 17 taps."""
-    return row.backend == "triton" and support.row_device(row) == "cpu"
 
 
 @functools.cache
@@ -104,7 +103,7 @@ def test_max_forward(row, values, dtype, layout):
                     return "other indices"
                 return exact_failure(result[0], expected)
 
-            slow = interpreted(row) and shape.kernel == (17, 17)
+            slow = support.is_interpreted(row) and shape.kernel == (17, 17)
             if slow and values == "ties":
                 continue  # the other form ties too
             for grads in (False, True):  # with gradients, positions are kept
@@ -112,7 +111,9 @@ def test_max_forward(row, values, dtype, layout):
                 name = f"{shape.name}, requires_grad {grads}"
                 if grads or not slow:
                     yield name, lambda f=plain, y=y: f(y), lambda r, e=expected: exact_failure(r, e)
-                if not (grads and interpreted(row)):  # the same launch as without gradients
+                if not (
+                    grads and support.is_interpreted(row)
+                ):  # the same launch as without gradients
                     yield f"{name}, indices", lambda f=indexed, y=y: f(y), judge_both
 
     with support.threads(2 if values == "ties" else 1):

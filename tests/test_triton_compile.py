@@ -47,8 +47,9 @@ def test_every_kernel_and_configuration_compiles(tmp_path):
         assert {k["row"] for k in kernels if k["arch"] == arch} == named
     products = [k for k in kernels if k["tensor_cores"]]
     assert {k["row"] for k in products} == {r for r in rows if "igemm" in r or "conv1x1" in r}
-    wide = [k for k in products if k["arch"] == 90 and k["dtype"] == "bfloat16"]
-    assert all("wgmma" in k["tensor_cores"] for k in wide)
+    for name in {k["row"] for k in products}:  # wgmma has 64 rows: smaller tiles take mma.sync
+        wide = [k for k in products if k["row"] == name and k["arch"] == 90]
+        assert any("wgmma" in k["tensor_cores"] for k in wide if k["dtype"] == "bfloat16")
     assert any("TMA" in k["accesses"] for k in products)
     support.coverage["Triton kernels compiled for sm_80 and sm_90"] += len(kernels)
 
@@ -80,7 +81,7 @@ print(changed({change}))
 @pytest.mark.parametrize(
     "device, change, said",
     [
-        (0, "constants={'ROWS': 128, 'COLUMNS': 256}, num_warps=4", "of stack"),
+        (0, "constants={'ROWS': 128, 'COLUMNS': 256}, num_warps=4", "that spill"),
         (1, "num_stages=12", "of shared memory"),
         (1, "constants={'PRECISION': 'ieee', 'DEPTH': 3}", "does not compile"),
     ],

@@ -406,7 +406,9 @@ class Net(nn.Module):
 
 
 @interpreted
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_torch_compile(compiler):
     if compiler == "inductor":
         pytest.importorskip("torch._inductor")

@@ -237,7 +237,9 @@ void add_pool2d(KernelTable& table, const char* name, const char* op, Direction 
 void add_batch_norm(KernelTable& table, const char* name, Direction direction) {
   BatchNormKernel row = row_of<BatchNormKernel>(name, "batch_norm", direction);
   row.supports = [](const BatchNormProblem& p, const Device&) {
-    return refuse_beyond_int({{"C", p.C + 128}, {"batch", p.N}, {"height", p.H}, {"width", p.W}});
+    // Four coefficients a channel lie behind each other.
+    return refuse_beyond_int(
+        {{"C", 4 * p.C + 128}, {"batch", p.N}, {"height", p.H}, {"width", p.W}});
   };
   row.cost = [direction](const BatchNormProblem& p, const Device& device) {
     // Sums first: what they read is read again, and a second kernel is launched.

@@ -144,7 +144,7 @@ class _GpuTimer:
         size = 4 * torch.cuda.get_device_properties(index).L2_cache_size
         try:
             self.other = torch.empty(size, dtype=torch.uint8, device=f"cuda:{index}")
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             self.other = torch.empty(0, dtype=torch.uint8, device=f"cuda:{index}")
 
     def __call__(self, calls) -> list[float]:

@@ -63,6 +63,9 @@ def conv2d_bgrad_kernel(
         total += tl.load(grad + offset, mask=inside, other=0.0).to(A)
     C = all_channels(channels, PACK, CHANNELS_LAST)
     c = first_channel + tl.arange(0, CHANNELS)
+    if A == tl.float64 and OUTER > 16:
+        # Nothing wider is left to add in: groups of 16, so that no sum is long.
+        total = tl.sum(tl.reshape(total, (OUTER // 16, 16, CHANNELS, INNER)), 1)
     store_sum(out + slice * C, c, c < C, sum_lanes(total.to(tl.float64)))
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastconv.triton_kernels.conv2d_wgrad import add_splits, next_pixels
 from fastconv.triton_kernels.epilogue import activate, epilogue_constants
-from fastconv.triton_kernels.layout import Source
+from fastconv.triton_kernels.layout import Source, fills_lines
 from fastconv.triton_kernels.plan import Launch, Plan, Pointer, Row, Step
 from fastconv.triton_kernels.problem import (
     ITEMSIZE,
@@ -340,8 +340,8 @@ def blocks_of(p: Conv2dProblem, config: Config, backward: bool) -> tuple[Shape, 
 
 
 def reads_lines(p: Conv2dProblem) -> bool:
-    """Whether a lane reads 16 bytes of channels, and the compiler knows: see Step."""
-    return p.layout == "NHWC" and p.aligned and p.C == p.K and p.C % 16 == 0
+    """Whether a lane reads 16 bytes of channels."""
+    return p.layout == "NHWC" and p.aligned and p.C == p.K and fills_lines(p.C, p.dtype)
 
 
 def unrolled(p: Conv2dProblem, taps: int) -> int:

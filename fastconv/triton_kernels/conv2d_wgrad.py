@@ -247,7 +247,7 @@ CONFIGS = (
 )
 
 WORKSPACE = 64 << 20  # bytes of partial sums, as much as L2 holds on sm_90
-PIXELS_SPLIT = 2048  # least of a part: its 32 steps take ten times as long as starting the block
+PIXELS_SPLIT = 512  # least of a part: 8 steps in 16 bits, of which filling the pipeline takes 3
 
 # In multiply-adds of one SM's tensor cores (2048 a cycle in 16 bits). A partial sum is written and
 # read: 8 bytes, of which memory moves 14 a cycle and SM.
@@ -274,8 +274,9 @@ def is_wide(p: Conv2dProblem) -> bool:
 
 
 def reads_lines(p: Conv2dProblem) -> bool:
-    """Whether both tensors are read 16 bytes at a time, and the compiler knows: see Step."""
-    return p.aligned and p.C // p.G % 16 == 0 and p.K // p.G % 16 == 0
+    """Whether both tensors are read 16 bytes at a time."""
+    lines = fills_lines(p.C // p.G, p.dtype) and fills_lines(p.K // p.G, p.dtype)
+    return p.aligned and lines
 
 
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:

@@ -150,7 +150,7 @@ def merge_statistics(tiles: int, rows: int, M: int, total_rows: int, K: int, sum
         ),
         {
             "ROWS": rows,
-            "TILES": 64,
+            "TILES": 64 if sums == "float32" else 32,
             "COLUMNS": 32,
             "ACCUMULATOR": tl.float64 if sums == "float64" else tl.float32,
         },

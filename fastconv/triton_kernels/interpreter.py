@@ -30,8 +30,8 @@ def repaired():
         options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=check_overflow)
         _replace(undo, interpreter_builder, **_METHODS, options=options)
         _replace(undo, triton_interpreter, _patch_lang_tensor=_patch_tensor)
-        # Triton patches what a function sees of its language, a hundred functions and more, at each
-        # call of a device function. Once for all that any of ours and of Triton's own see is enough.
+        # At each call of a device function Triton patches what it sees of the language, a hundred
+        # functions and more. Once for all that any function of ours or Triton's sees is enough.
         undo.callback(triton_interpreter._patch_lang(_SeesAll).restore)
         _replace(undo, triton_interpreter, _patch_lang=_patch_nothing)
         yield

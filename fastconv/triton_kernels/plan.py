@@ -29,8 +29,8 @@ class Descriptor(NamedTuple):
 
 class Step(int):
     """A stride, or a size that strides are made of: the compiler is told where it is 1 or a
-    multiple of 16. Plain integers are not specialised on, so that a new batch or image size
-    compiles nothing."""
+    multiple of 4, 8 or 16, which is what accesses of 16 bytes need. Plain integers are not
+    specialised on, so that a new batch or image size compiles nothing."""
 
 
 class Launch(NamedTuple):

@@ -55,18 +55,21 @@ def device_of(index: int) -> Device:
 
 
 def _specialise(argument, aligned: bool):
-    """(type, constant or None, whether a multiple of 16 may be assumed) of an argument."""
+    """(type, constant or None, what it may be assumed to be a multiple of) of an argument."""
     if isinstance(argument, Pointer):
-        return "*" + _TRITON_NAMES[argument.dtype], None, aligned
+        return "*" + _TRITON_NAMES[argument.dtype], None, 16 if aligned else 1
     if isinstance(argument, Descriptor):
         block = ", ".join(map(str, argument.block))
-        return f"tensordesc<{_TRITON_NAMES[argument.dtype]}[{block}]>", None, False
+        return f"tensordesc<{_TRITON_NAMES[argument.dtype]}[{block}]>", None, 1
     if isinstance(argument, float):
-        return "fp32", None, False
+        return "fp32", None, 1
     if isinstance(argument, Step) and argument == 1:
-        return "constexpr", 1, False
+        return "constexpr", 1, 1
     kind = "i32" if -(2**31) <= argument < 2**31 else "i64"
-    return kind, None, isinstance(argument, Step) and argument % 16 == 0
+    if not isinstance(argument, Step):
+        return kind, None, 1
+    # 16 bytes are 4, 8 or 16 elements; Triton's own launcher would tell of 16 alone.
+    return kind, None, next((n for n in (16, 8, 4) if argument % n == 0), 1)
 
 
 def source_of(launch: Launch, aligned: bool = True) -> ASTSource:
@@ -74,11 +77,11 @@ def source_of(launch: Launch, aligned: bool = True) -> ASTSource:
     signature, constants, attributes = {}, dict(launch.constants), {}
     for i, argument in enumerate(launch.arguments):
         name = launch.kernel.arg_names[i]
-        signature[name], constant, divisible = _specialise(argument, aligned)
+        signature[name], constant, multiple = _specialise(argument, aligned)
         if constant is not None:
             constants[name] = constant
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        if multiple > 1:
+            attributes[(i,)] = [["tt.divisibility", multiple]]
     signature |= dict.fromkeys(launch.kernel.arg_names[len(launch.arguments) :], "constexpr")
     return ASTSource(launch.kernel, signature, constants, attributes)
 
