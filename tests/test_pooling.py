@@ -271,15 +271,16 @@ def test_strides_of_results_are_torch(layout, backend):
 def test_no_edge_falls_back(dtype, layout, backend):
     if backend.name == "aten":
         pytest.skip("ATen is the fallback")
+    every = 4 if backend.name == "triton" and dtype is not torch.float32 else 1  # as in sweep
     with support.fastconv.allow_fallback(False):
-        for shape in POOL_EDGES:
+        for shape in POOL_EDGES[::every]:
             x = integers(shape.input, torch.Generator().manual_seed(6)).to(dtype)
             x = placed(x, layout, backend.device).requires_grad_()
             ff.max_pool2d(x, **shape.options).sum().backward()
-        for shape in AVERAGE_EDGES:
+        for shape in AVERAGE_EDGES[::every]:
             x = torch.ones(shape.input, dtype=dtype, device=backend.device, requires_grad=True)
             ff.avg_pool2d(x, **average_options(shape)).sum().backward()
-        for size, out in ADAPTIVE_EDGES:
+        for size, out in ADAPTIVE_EDGES[::every]:
             x = torch.ones(size, dtype=dtype, device=backend.device, requires_grad=True)
             ff.adaptive_avg_pool2d(x, out).sum().backward()
 

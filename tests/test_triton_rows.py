@@ -591,3 +591,29 @@ def test_a_forced_backend_takes_its_row_of_statistics(log):
     rows = ["conv2d_igemm_triton_statistics", "batch_norm_triton_fprop"]
     assert [call.row for call in log] == rows
     assert not log[1].problem["training"]
+
+
+def test_a_card_of_less_shared_memory_takes_the_next_configuration(monkeypatch):
+    """A restriction chooses what comes next, and never reaches the user as an error."""
+    from triton.runtime.errors import OutOfResources
+
+    from fastconv.triton_kernels import runtime, table
+    from fastconv.triton_kernels.problem import Conv2dProblem
+
+    row, problem = "conv2d_igemm_triton_fprop", Conv2dProblem(8, 64, 28, 28, 256, 3, 3)
+    offered = table.ROWS[row].configs_for(problem, runtime.device_of(0))
+    fitting = [offered[2:], ()]
+    asked = []
+
+    def configured(row, problem, device, config):
+        asked.append(config)
+        if config not in fitting[0]:
+            raise OutOfResources(147456, 101376, "shared memory")
+        return config
+
+    monkeypatch.setattr(table, "configured_runner", configured)
+    assert table.runner_for(row, tuple(problem), 0) == offered[2]
+    assert asked == [None, *offered[:3]]
+    fitting[0] = ()
+    with pytest.raises(OutOfResources):
+        table.runner_for(row, tuple(problem), 0)

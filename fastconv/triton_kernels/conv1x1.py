@@ -100,12 +100,15 @@ def conv1x1_kernel(
     m = first_m + tl.arange(0, ROWS)
     j = tile_j * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.arange(0, DEPTH)
+    if WIDE:  # a channel's offset passes 32 bits where one NCHW image does
+        j = j.to(tl.int64)
+        d = d.to(tl.int64)
     if STRIDED:  # in NCHW m stays inside image b, in NHWC b is 0
         pixels = (b + m // (P * Q)) * src_b + m // Q % P * src_p + m % Q * src_q
     else:
         pixels = b * src_b + m * src_m
-    sources = source + pixels[:, None] + (d * src_d)[None, :]
-    matrices = matrix + (j * mat_j)[None, :] + (d * mat_d)[:, None]
+    sources = source + pixels[:, None]
+    matrices = matrix + (j * mat_j)[None, :]
 
     total = tl.zeros((ROWS, COLUMNS), dtype=ACCUMULATOR)
     for first in range(0, D, DEPTH):
@@ -114,8 +117,8 @@ def conv1x1_kernel(
         if not WHOLE:  # the last step is not full
             read &= (first + d < D)[None, :]
             known &= (first + d < D)[:, None]
-        x = tl.load(sources + first * src_d, mask=read, other=0.0)
-        y = tl.load(matrices + first * mat_d, mask=known, other=0.0)
+        x = tl.load(sources + ((first + d) * src_d)[None, :], mask=read, other=0.0)
+        y = tl.load(matrices + ((first + d) * mat_d)[:, None], mask=known, other=0.0)
         total = dot(x, y, total, PRECISION, DEPTH)
 
     columns = j < J

@@ -138,6 +138,8 @@ def conv2d_dgrad_kernel(
 
     total = tl.zeros((ROWS, COLUMNS), dtype=ACCUMULATOR)
     lane = tl.arange(0, DEPTH)
+    if WIDE:  # k * grad_k passes 32 bits where one NCHW image does
+        lane = lane.to(tl.int64)
     if FLAT:
         depth = taps_h * taps_w * K_group
         for first in range(0, depth, DEPTH):

@@ -124,13 +124,16 @@ def conv2d_fprop_kernel(
     h = p * STRIDE_H - PAD_H
     w = q * STRIDE_W - PAD_W
     k = tile_k * COLUMNS + tl.arange(0, COLUMNS)
+    lane = tl.arange(0, DEPTH)
+    if WIDE:  # c * in_c passes 32 bits where one NCHW image does
+        lane = lane.to(tl.int64)
     pixels = input + n * in_n + h * in_h + w * in_w + group * C_group * in_c
     filters = filter + (group * K_group + k) * flt_k
 
     total = tl.zeros((ROWS, COLUMNS), dtype=ACCUMULATOR)
     if FLAT:
         for first in range(0, R * S * C_group, DEPTH):
-            j = first + tl.arange(0, DEPTH)
+            j = first + lane
             c = j % C_group
             s = (j // C_group) % S
             r = j // (C_group * S)
@@ -145,7 +148,6 @@ def conv2d_fprop_kernel(
             b = tl.load(filters[None, :] + tap[:, None], mask=known, other=0.0)
             total = dot(a, b, total, PRECISION, DEPTH)
     else:
-        lane = tl.arange(0, DEPTH)
         for step in range(0, R * S * tl.cdiv(C_group, DEPTH)):
             tap = step % (R * S)
             r = tap // S

@@ -25,6 +25,9 @@ def to_channels_last_kernel(source, target, C, HW, BLOCK: tl.constexpr, WIDE: tl
     inside = program % (blocks_c * blocks_x)
     c = inside // blocks_x * BLOCK + tl.arange(0, BLOCK)
     x = inside % blocks_x * BLOCK + tl.arange(0, BLOCK)
+    if WIDE:
+        c = c.to(tl.int64)
+        x = x.to(tl.int64)
     known = (c < C)[:, None] & (x < HW)[None, :]
     image = n * C * HW
     block = tl.load(source + image + c[:, None] * HW + x[None, :], mask=known)

@@ -1,6 +1,8 @@
 """The Triton rows by name, and what runs one on a problem. ``csrc/triton/table.cpp`` holds the same
 rows' other half: what each takes and what it is expected to cost."""
 
+from triton.runtime.errors import OutOfResources
+
 from fastconv import _extension
 from fastconv.triton_kernels import (
     avg_pool2d,
@@ -40,9 +42,16 @@ def problem_of(row: str, fields: tuple):
 
 def runner_for(row: str, fields: tuple, device: int):
     """A function of the call's addresses, in the order of csrc/core's Args, that runs the row in
-    the configuration that was once measured to be the fastest, or else in choose's."""
-    problem = problem_of(row, fields)
-    return configured_runner(row, problem, device, stored_choice(ROWS[row], problem, device))
+    the configuration that was once measured to be the fastest, or else in choose's. Where that
+    asks a card for more shared memory or registers than it has, the next of the table serves."""
+    problem, entry = problem_of(row, fields), ROWS[row]
+    first = stored_choice(entry, problem, device)
+    for config in (first, *entry.configs_for(problem, runtime.device_of(device))):
+        try:
+            return configured_runner(row, problem, device, config)
+        except OutOfResources as error:
+            refused = error
+    raise refused
 
 
 def configured_runner(row: str, problem, device: int, config):
