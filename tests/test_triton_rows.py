@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -617,3 +618,16 @@ def test_a_card_of_less_shared_memory_takes_the_next_configuration(monkeypatch):
     fitting[0] = ()
     with pytest.raises(OutOfResources):
         table.runner_for(row, tuple(problem), 0)
+
+
+def test_without_a_c_compiler_the_rows_stay_closed(monkeypatch):
+    """Triton builds its launcher in C on first use: what would fail there is refused before."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_kernels.shutil, "which", lambda name: None)
+    said = []
+    extension = types.SimpleNamespace(refuse_triton=said.append)
+    triton_kernels.register(extension)
+    assert said == ["Triton needs a C compiler, and none was found (CC, gcc, clang)"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert triton_kernels.available() == said[0]

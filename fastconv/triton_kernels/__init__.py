@@ -9,7 +9,9 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -48,6 +50,16 @@ def _unusable() -> str:
     return ""
 
 
+def _unlaunchable() -> str:
+    """Why Triton could not launch what it compiles: it builds its launcher in C on first use."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and none was found (CC, gcc, clang)"
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        return f"Triton needs Python's headers, and there is no Python.h in {headers}"
+    return ""
+
+
 def _interpreter_is_asked_for() -> bool:
     """As Triton reads it."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
@@ -62,7 +74,7 @@ def available() -> str:
             return "Triton's interpreter (TRITON_INTERPRET=1) needs NumPy (pip install numpy)"
         return ""
     if torch.cuda.is_available():
-        return ""
+        return _unlaunchable()
     return (
         "there is no GPU, and TRITON_INTERPRET=1, by which Triton runs kernels on CPU tensors, "
         "is not set"
@@ -71,7 +83,7 @@ def available() -> str:
 
 def register(extension) -> None:
     """Opens the rows of a compiled extension, or leaves with it the reason why they stay closed."""
-    if why := _unusable():
+    if why := _unusable() or ("" if _interpreter_is_asked_for() else _unlaunchable()):
         extension.refuse_triton(why)
     else:
         extension.register_triton(launch, gpu_properties)
