@@ -48,18 +48,22 @@ struct Gemm {
 
 // tl.dot takes no less than 16 of a dimension; a filter tap's channels are padded to that.
 constexpr int64_t kLeast = 16;
-int64_t padded(int64_t channels) { return ceil_div(channels, kLeast) * kLeast; }
+int64_t padded(int64_t extent) { return ceil_div(extent, kLeast) * kLeast; }
+// The depth of a product: up to 8 channels are taken with their taps as one.
+int64_t depth_of(int64_t taps, int64_t channels) {
+  return channels <= 8 ? padded(taps * channels) : taps * padded(channels);
+}
 
 Gemm gemm_of(const Conv2dProblem& p, Direction direction) {
   const int64_t C = p.C / p.G, K = p.K / p.G, taps = p.R * p.S;
-  if (direction == Direction::kFprop) return {p.G, p.N * p.P() * p.Q(), K, taps * padded(C)};
+  if (direction == Direction::kFprop) return {p.G, p.N * p.P() * p.Q(), K, depth_of(taps, C)};
   if (direction == Direction::kWgrad) return {p.G * taps, K, C, p.N * p.P() * p.Q()};
   // Input positions of one phase of the strides meet the same taps: each phase that meets any is a
   // product.
   const int64_t phases = std::min(p.stride_h, p.R) * std::min(p.stride_w, p.S);
   const int64_t met = ceil_div(p.R, p.stride_h) * ceil_div(p.S, p.stride_w);
   const int64_t positions = ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);
-  return {p.G * phases, p.N * positions, C, met * padded(K)};
+  return {p.G * phases, p.N * positions, C, depth_of(met, K)};
 }
 
 int64_t tile_of(int64_t extent) {
@@ -86,6 +90,13 @@ double gemm_us(const Conv2dProblem& p, Direction direction, const Device& device
       p.bytes() + (copies ? 2.0 * static_cast<double>(copied * size_of(p.dtype)) : 0.0);
   return gpu_us(copies ? kLaunch + kSecondLaunch : kLaunch, bytes, flops,
                 tensor_core_flops(p, device), busy_part(device, tiles * splits, /*a_sm=*/1));
+}
+
+// The merge of the tiles' statistics walks 64 of them at a time, twice, at half a microsecond's
+// latency; few blocks share the filters.
+double merge_us(const Conv2dProblem& p) {
+  const int64_t tiles = ceil_div(p.N * p.P() * p.Q(), 128);
+  return kSecondLaunch + 2 * 0.5 * static_cast<double>(ceil_div(tiles, 64));
 }
 
 double depthwise_us(const Conv2dProblem& p, const Device& device) {
@@ -146,6 +157,10 @@ std::string supports_tma_1x1(const Conv2dProblem& p, const Device& device) {
     const int64_t bytes = channels * size_of(p.dtype);
     if (bytes % 16 != 0) return name + std::to_string(channels) + ", not of 16 bytes' multiple";
   }
+  // Its coordinates have 32 bits; 128 is the highest tile.
+  if (std::string why = refuse_beyond_int({{"pixels", p.N * p.H * p.W + 128}}); !why.empty()) {
+    return why;
+  }
   return supports_dense_1x1(p, device);
 }
 
@@ -189,9 +204,11 @@ constexpr ConvRow kConvRows[] = {
 Conv2dKernel conv_row(const ConvRow& r, const char* op) {
   Conv2dKernel row = row_of<Conv2dKernel>(r.name, op, r.direction);
   row.supports = r.supports;
-  row.cost = [direction = r.direction, advantage = r.advantage](const Conv2dProblem& p,
-                                                                const Device& device) {
-    return kLaunch + (gemm_us(p, direction, device) - kLaunch) / advantage;
+  const bool statistics = row.op == "conv2d_statistics";
+  row.cost = [direction = r.direction, advantage = r.advantage, statistics](const Conv2dProblem& p,
+                                                                            const Device& device) {
+    const double merge = statistics ? merge_us(p) : 0;
+    return kLaunch + merge + (gemm_us(p, direction, device) - kLaunch) / advantage;
   };
   if (r.supports == supports_tma_1x1) {
     row.arch = "sm_90";

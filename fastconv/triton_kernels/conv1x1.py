@@ -31,10 +31,12 @@ from fastconv.triton_kernels.epilogue import (
 from fastconv.triton_kernels.layout import fills_lines
 from fastconv.triton_kernels.plan import Descriptor, Launch, Plan, Pointer, Row, Step
 from fastconv.triton_kernels.problem import (
+    ITEMSIZE,
     Conv2dProblem,
     Device,
     accumulator_of,
     ceil_div,
+    is_wide,
     strides_of,
 )
 from fastconv.triton_kernels.tiles import (
@@ -214,12 +216,6 @@ def depth_of(p: Conv2dProblem, tile: Tile, D: int) -> int:
     return max(16, min(most, triton.next_power_of_2(D)))
 
 
-def is_wide(p: Conv2dProblem) -> bool:
-    """Whether an offset passes 32 bits, those of a tile's masked lanes included."""
-    image = p.H * p.W * max(p.C, p.K)
-    return p.N * image + max(p.C, p.K) * 2**14 + p.C * p.K >= 2**31
-
-
 def choose_from(tiles, p: Conv2dProblem, product: Product, device: Device) -> Tile:
     return choose_tile(tiles, p.N * p.P * p.Q, product.J, 1, device)
 
@@ -237,7 +233,8 @@ def is_scattered(p: Conv2dProblem) -> bool:
 
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
     """The table's entries that a problem can have without spilling registers."""
-    area = 128 * 256 if device.arch >= 90 else 128 * 128  # mma.sync's operands are in registers
+    # mma.sync's operands are in registers
+    area = 128 * 256 if device.has_warpgroup_dot else 128 * 128
     if p.statistics or p.residual:
         area = 128 * 128
     if is_scattered(p):
@@ -308,8 +305,10 @@ def _tile_constants(p: Conv2dProblem, device: Device, tile: Tile, depth: int) ->
 
 
 def tma_configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
-    """The table's entries that fit; a residual's tile takes shared memory beside the stages."""
-    area = 128 * 128 if p.residual else 128 * 256
+    """The table's entries that fit; a result goes out, and a residual comes in, by way of shared
+    memory."""
+    area = 128 * 256 if device.has_warpgroup_dot and not p.residual else 128 * 128
+    area = min(area, device.shared_memory // ITEMSIZE[p.dtype])
     return tuple(t for t in tiles_for(p.dtype, p.tf32) if t.rows * t.columns <= area)
 
 

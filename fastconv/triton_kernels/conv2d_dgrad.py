@@ -22,7 +22,7 @@ import triton.language as tl
 
 from fastconv.triton_kernels.layout import Source, fills_lines
 from fastconv.triton_kernels.plan import Launch, Plan, Pointer, Row, Step
-from fastconv.triton_kernels.problem import Conv2dProblem, Device, ceil_div, strides_of
+from fastconv.triton_kernels.problem import Conv2dProblem, Device, ceil_div, is_wide, strides_of
 from fastconv.triton_kernels.tiles import (
     BAND,
     Tile,
@@ -159,11 +159,17 @@ def conv2d_dgrad_kernel(
             b = tl.load(filters[None, :] + tap[:, None], mask=known, other=0.0)
             total = dot(a, b, total, PRECISION, DEPTH)
     else:
-        taps = taps_h * taps_w
-        for step in range(0, taps * tl.cdiv(K_group, DEPTH)):
+        steps = taps_h * taps_w * tl.cdiv(K_group, DEPTH)
+        # A phase without taps has no steps; a pipelined loop divides ahead of its first one.
+        taps_w = tl.maximum(taps_w, 1)
+        taps = tl.maximum(taps_h, 1) * taps_w
+        for step in range(0, steps):
             tap = step % taps
             i = tap // taps_w
             j = tap % taps_w
+            if WIDE:
+                i = i.to(tl.int64)
+                j = j.to(tl.int64)
             k = step // taps * DEPTH + lane
             row = p - i * MOVE_H
             column = q - j * MOVE_W
@@ -216,16 +222,10 @@ def depth_of(p: Conv2dProblem, tile: Tile) -> int:
     return max(16, min(most, triton.next_power_of_2(there)))
 
 
-def is_wide(p: Conv2dProblem) -> bool:
-    """Whether an offset passes 32 bits, those of a tile's masked lanes included."""
-    largest = max(p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, p.K * (p.C // p.G) * p.R * p.S)
-    plane = max(p.H * p.W, p.P * p.Q) * max(p.C, p.K)
-    return largest + p.stride_h * p.stride_w * plane + 2**24 >= 2**31
-
-
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
     """The table's entries that a problem can have without spilling registers."""
-    area = 128 * 256 if device.arch >= 90 else 128 * 128  # mma.sync's operands are in registers
+    # mma.sync's operands are in registers
+    area = 128 * 256 if device.has_warpgroup_dot else 128 * 128
     if p.layout == "NCHW" and p.stride_h * p.stride_w > 1:
         area = 128 * 128  # every store's address is a register pair
     if is_scattered(p):

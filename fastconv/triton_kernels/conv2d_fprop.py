@@ -30,6 +30,7 @@ from fastconv.triton_kernels.problem import (
     Device,
     accumulator_of,
     ceil_div,
+    is_wide,
     strides_of,
 )
 from fastconv.triton_kernels.tiles import (
@@ -152,6 +153,9 @@ def conv2d_fprop_kernel(
             tap = step % (R * S)
             r = tap // S
             s = tap % S
+            if WIDE:
+                r = r.to(tl.int64)
+                s = s.to(tl.int64)
             c = step // (R * S) * DEPTH + lane
             y = h + r * DIL_H
             x = w + s * DIL_W
@@ -216,18 +220,11 @@ def depth_of(p: Conv2dProblem, tile: Tile) -> int:
     return max(16, min(most, triton.next_power_of_2(there)))
 
 
-def is_wide(p: Conv2dProblem) -> bool:
-    """Whether an offset passes 32 bits. A tile's masked lanes reach beyond the last element, by
-    less than 2^24 elements and a plane."""
-    largest = max(p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, p.K * (p.C // p.G) * p.R * p.S)
-    return largest + p.H * p.W * max(p.C, p.K) + 2**24 >= 2**31
-
-
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
     """The table's entries that a problem can have without spilling registers."""
     tiles = tiles_for(p.dtype, p.tf32)
     area = 128 * 256
-    if device.arch < 90 or p.statistics or p.residual:
+    if not device.has_warpgroup_dot or p.statistics or p.residual:
         area = 128 * 128  # mma.sync takes its operands, and these epilogues a tile, in registers
     if is_scattered(p):
         area = 64 * 64

@@ -30,6 +30,7 @@ from fastconv.triton_kernels.problem import (
     Device,
     accumulator_of,
     ceil_div,
+    is_wide,
     strides_of,
 )
 from fastconv.triton_kernels.tiles import BAND, Tile, accumulator, dot, precision, walk
@@ -112,6 +113,9 @@ def conv2d_wgrad_kernel(
         columns_known = column < filter_row
         r = column // (S * C_group) * dil_h
         s = column // C_group % S * dil_w
+        if WIDE:
+            r = r.to(tl.int64)
+            s = s.to(tl.int64)
         c = column % C_group
         channels = input + (group * C_group + c) * in_c + r * in_h + s * in_w
         y0 = -pad_h
@@ -147,7 +151,8 @@ def conv2d_wgrad_kernel(
         else:
             y = p * stride_h + y0
             x = q * stride_w + x0
-            place = image * in_n + y * in_h + x * in_w
+            row, position = (y.to(tl.int64), x.to(tl.int64)) if WIDE else (y, x)
+            place = image * in_n + row * in_h + position * in_w
             if PADDED and FLAT:
                 row = y[:, None] + r[None, :]
                 position = x[:, None] + s[None, :]
@@ -267,12 +272,6 @@ def depth_of(p: Conv2dProblem, tile: Tile) -> int:
     return tile.depth(p.dtype)
 
 
-def is_wide(p: Conv2dProblem) -> bool:
-    """Whether an offset passes 32 bits, those of a tile's masked lanes included."""
-    largest = max(p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, p.K * (p.C // p.G) * p.R * p.S)
-    return largest + 2 * p.H * p.W * p.C + p.P * p.Q * p.K + 2**24 >= 2**31
-
-
 def reads_lines(p: Conv2dProblem) -> bool:
     """Whether both tensors are read 16 bytes at a time."""
     lines = fills_lines(p.C // p.G, p.dtype) and fills_lines(p.K // p.G, p.dtype)
@@ -281,7 +280,8 @@ def reads_lines(p: Conv2dProblem) -> bool:
 
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
     """The table's entries that a problem can have without spilling registers."""
-    area = 128 * 256 if device.arch >= 90 else 128 * 128  # mma.sync's operands are in registers
+    # mma.sync's operands are in registers
+    area = 128 * 256 if device.has_warpgroup_dot else 128 * 128
     scattered = is_flat(p) or not reads_lines(p)  # a register pair for each element's address
     if p.dtype == "float64":
         area = 32 * 32 if scattered else 64 * 32

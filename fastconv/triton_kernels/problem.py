@@ -100,6 +100,12 @@ class Device(NamedTuple):
     warp_size: int = 32
 
     @property
+    def has_warpgroup_dot(self) -> bool:
+        """Whether tl.dot takes its operands from shared memory (wgmma, tcgen05), not from
+        registers: sm_120 has TMA and mma.sync."""
+        return self.backend == "cuda" and self.arch in (90, 100, 103)
+
+    @property
     def has_tma(self) -> bool:
         return self.backend == "cuda" and self.arch >= 90
 
@@ -126,6 +132,15 @@ def accumulator_of(dtype: str) -> str:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def is_wide(p: Conv2dProblem) -> bool:
+    """Whether an offset passes 32 bits: of an element of a tensor, or of a place outside that a
+    filter's tap would have."""
+    rows = max(p.H, p.P) + p.pad_h + p.R * p.dil_h + p.stride_h
+    columns = max(p.W, p.Q) + p.pad_w + p.S * p.dil_w + p.stride_w
+    activations = (p.N + 1) * rows * columns * max(p.C, p.K)
+    return activations + p.K * (p.C // p.G) * p.R * p.S + 2**24 >= 2**31
 
 
 def strides_of(layout: str, C: int, H: int, W: int) -> tuple[int, int, int, int]:

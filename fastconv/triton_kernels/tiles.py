@@ -40,7 +40,7 @@ class Tile(NamedTuple):
             "num_stages": self.stages_within(device.shared_memory),
             # mma.sync's operands pass through registers. Left alone, ptxas aims at three blocks of
             # 168 registers on an SM and spills a few; shared memory holds two.
-            "max_registers": 255 if device.backend == "cuda" and device.arch < 90 else None,
+            "max_registers": None if device.has_warpgroup_dot else 255,
         }
 
 
