@@ -229,7 +229,8 @@ class _Toolchain:
         self.identity = [*self.compiler, _version_of(self.compiler), str(self.headers)]
         stub = self.csrc / "emulator" / "include" / "nv" / "target"
         cuda = re.findall(r"#define CUDA_VERSION \d+", (self.headers / "cuda.h").read_text())
-        self.identity += [stub.read_text(), *cuda, *_FLAGS, *_SANITIZERS, *_headers_of(self.csrc)]
+        self.identity += [stub.read_text(), *cuda, *_FLAGS, *_SANITIZERS]
+        self.includes = {}  # file: those it includes, itself among them
 
     def sanitizers(self, source: Path, sanitize: bool) -> list[str]:
         # AddressSanitizer watches the kernels. The emulator checks its own accesses, and sanitized
@@ -248,8 +249,25 @@ class _Toolchain:
             digest.update(text.encode() + b"\0")
         for source in sources:
             sanitized = str(bool(self.sanitizers(source, sanitize)))
-            digest.update(f"{source.name} {sanitized}".encode() + source.read_bytes() + b"\0")
+            digest.update(f"{source.name} {sanitized}".encode() + b"\0")
+        for file in sorted(set().union(*(self.included_by(source) for source in sources))):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
         return digest.hexdigest()[:32]
+
+    def included_by(self, file: Path) -> set[Path]:
+        """`file` and what it includes in quotes, from csrc or from beside it."""
+        found, new = set(), {file}
+        while new:
+            found |= new
+            new = set().union(*(self._direct(f) for f in new)) - found
+        return found
+
+    def _direct(self, file: Path) -> set[Path]:
+        if file not in self.includes:
+            names = re.findall(r'^\s*#\s*include "([^"]+)"', file.read_text(), re.MULTILINE)
+            places = [folder / name for name in names for folder in (self.csrc, file.parent)]
+            self.includes[file] = {place for place in places if place.is_file()}
+        return self.includes[file]
 
     def link(self, sources, output: Path, sanitize: bool, program: bool = False) -> Path:
         if not program and _is_whole(output):
@@ -298,11 +316,6 @@ class _Toolchain:
 def _is_whole(path: Path) -> bool:
     """Exists and is not truncated, by whatever filled the disk."""
     return path.exists() and not _extension.is_truncated(path)
-
-
-def _headers_of(csrc: Path) -> list[str]:
-    files = sorted(f for f in csrc.rglob("*") if f.suffix in (".h", ".cuh", ".inl"))
-    return [f.read_text() for f in files if f.parts[-2] not in ("cpu", "torch")]
 
 
 def _jobs() -> int:

@@ -10,6 +10,10 @@ import hypothesis
 import pytest
 import torch
 
+# Workers of pytest-xdist share the cores: a thread that waits must not spin on one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Without a GPU the Triton kernels run by Triton's interpreter, which is asked for before Triton is
 # imported.
 if not torch.cuda.is_available():
@@ -49,6 +53,21 @@ def backend(request):
     """Each backend that runs here, forced; its `device` is where tensors go."""
     with fastconv.backend(request.param.name):
         yield request.param
+
+
+def pytest_sessionfinish(session):
+    workeroutput = getattr(session.config, "workeroutput", None)
+    if workeroutput is not None:
+        workeroutput["coverage"] = dict(support.coverage)
+        workeroutput["emulated_rows"] = sorted(support.emulated_rows_run)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a worker of pytest-xdist has covered counts as ours."""
+    workeroutput = getattr(node, "workeroutput", {})
+    support.coverage.update(workeroutput.get("coverage", {}))
+    support.emulated_rows_run.update(workeroutput.get("emulated_rows", ()))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -20,6 +20,9 @@ from support import contract_failure, max_error, name_of, outcome
 common = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 modules = pytest.importorskip("torch.testing._internal.common_modules")
 
+# The last test counts what the others have done.
+pytestmark = pytest.mark.xdist_group("pytorch_samples")
+
 OPERATIONS = {
     "nn.functional.conv2d": ff.conv2d,
     "nn.functional.max_pool2d": ff.max_pool2d,
