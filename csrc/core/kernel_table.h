@@ -62,6 +62,7 @@ struct Kernel {
   std::string arch;  // least it runs on: "portable", "avx2", "avx512", "sm_80", "sm_90a"
   DTypeSet dtypes;
   LayoutSet layouts;
+  bool aligned = false;  // it reads 16 bytes at a time: the caller copies what begins off them
   // Empty: it can. Otherwise one clause a user can read, with the value that stands in the way.
   // Dtype, layout and machine are checked before by the table's own columns.
   std::function<std::string(const Problem&, const Device&)> supports;

@@ -59,13 +59,21 @@ Tensor empty_output(const Conv2dProblem& p, const Tensor& like, bool channels_la
   return at::empty({p.N, p.K, p.P(), p.Q()}, like.options(), memory_format(channels_last));
 }
 
+// `t` as the row reads it: packed in the layout, and where the row asks for that, aligned.
+Tensor packed_for(const Conv2dKernel& row, const Tensor& t, bool channels_last) {
+  const auto format = memory_format(channels_last);
+  Tensor packed = t.contiguous(format);
+  const auto address = reinterpret_cast<uintptr_t>(packed.const_data_ptr());
+  return row.aligned && address % 16 != 0 ? packed.clone(format) : packed;
+}
+
 // Runs a forward row whose epilogue is at most a bias, an activation, a pooling and statistics.
 void run_forward(const Conv2dKernel& row, const Conv2dProblem& p, const Tensor& input,
                  const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
                  const Tensor& mean = {}, const Tensor& var = {}) {
   if (out.numel() == 0) return;
-  const Tensor x = input.contiguous(memory_format(p.layout == Layout::kNHWC));
-  const Tensor w = weight.contiguous(memory_format(p.filter_layout == Layout::kNHWC));
+  const Tensor x = packed_for(row, input, p.layout == Layout::kNHWC);
+  const Tensor w = packed_for(row, weight, p.filter_layout == Layout::kNHWC);
   const Tensor shift = bias ? as_accumulator(*bias) : Tensor();
   Conv2dArgs args;
   args.input = x.const_data_ptr();
@@ -156,8 +164,8 @@ Tensor conv2d_dgrad(const Tensor& grad, const Tensor& weight, SymIntArrayRef inp
     return aten_backward(grad, out, weight, stride, padding, dilation, groups, {true, false, false})
         .contiguous(memory_format(channels_last));
   }
-  const Tensor dy = grad.contiguous(memory_format(channels_last));
-  const Tensor w = weight.contiguous(memory_format(filter_channels_last));
+  const Tensor dy = packed_for(*row, grad, channels_last);
+  const Tensor w = packed_for(*row, weight, filter_channels_last);
   Conv2dArgs args;
   args.grad = dy.const_data_ptr();
   args.filter = w.const_data_ptr();
@@ -185,8 +193,8 @@ Tensor conv2d_wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weig
     return aten_backward(grad, input, out, stride, padding, dilation, groups, {false, true, false})
         .contiguous(memory_format(channels_last));
   }
-  const Tensor dy = grad.contiguous(memory_format(activations_channels_last));
-  const Tensor x = input.contiguous(memory_format(activations_channels_last));
+  const Tensor dy = packed_for(*row, grad, activations_channels_last);
+  const Tensor x = packed_for(*row, input, activations_channels_last);
   Conv2dArgs args;
   args.grad = dy.const_data_ptr();
   args.input = x.const_data_ptr();
@@ -210,7 +218,7 @@ Tensor conv2d_bgrad(const Tensor& grad) {
   const Conv2dKernel* row = pick_conv2d(Direction::kBgrad, p, grad);
   if (row == nullptr) return at::sum(grad, {0, 2, 3});
   Tensor out = at::empty({p.K}, grad.options());
-  const Tensor dy = grad.contiguous(memory_format(channels_last));
+  const Tensor dy = packed_for(*row, grad, channels_last);
   Conv2dArgs args;
   args.grad = dy.const_data_ptr();
   args.out = out.mutable_data_ptr();
@@ -267,10 +275,9 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   if (row == nullptr) return aten();
   Tensor out = empty_output(p, input, channels_last);
   if (out.numel() == 0) return out;
-  const auto format = memory_format(channels_last);
-  const Tensor x = input.contiguous(format);
-  const Tensor w = weight.contiguous(memory_format(filter_channels_last));
-  const Tensor z = residual ? residual->contiguous(format) : Tensor();
+  const Tensor x = packed_for(*row, input, channels_last);
+  const Tensor w = packed_for(*row, weight, filter_channels_last);
+  const Tensor z = residual ? packed_for(*row, *residual, channels_last) : Tensor();
   const auto [scale, shift] = fold_batch_norm(bias, mean, var, bn_weight, bn_bias, eps);
   Conv2dArgs args;
   args.input = x.const_data_ptr();
