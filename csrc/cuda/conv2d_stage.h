@@ -3,6 +3,8 @@
 // (mean, M2) over the tile for a BatchNorm that follows.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/conv2d.h"
 #include "cuda/conv2d_statistics.h"
 
@@ -138,79 +140,120 @@ struct Moments {
 
 // ---- A tile --------------------------------------------------------------------------------
 
-// The tile falls into pieces of kCount channels of a pixel; the threads take the next kThreads of
-// them together.
-//   kPacks     16 bytes of out: eight lanes side by side store a 128-byte line of a pixel's
-//              channels. A thread's pieces all have the same channels.
-//   kChannels  one channel: neighbouring lanes store neighbouring channels of a pixel.
-//   kPixels    4 channels: neighbouring lanes store neighbouring pixels of each.
-enum class Pieces { kPacks, kChannels, kPixels };
+// What neighbouring lanes store.
+enum class Lanes {
+  kPacks,     // 16 bytes each of a pixel's channels: eight lanes fill a line of 128
+  kChannels,  // neighbouring channels of a pixel
+  kPixels,  // neighbouring pixels: 64 bytes of a warp's 16-bit ones, which is all that an SM hands
+            // to L2 in a cycle
+};
 
 template <class T, int kRows, int kCols, int kThreads>
 class TileStore {
  public:
   static constexpr int kPack = kPackSize<T>;
-  template <Pieces kPieces>
-  static constexpr int kCountOf = kPieces == Pieces::kPacks    ? kPack
-                                  : kPieces == Pieces::kPixels ? 4
-                                                               : 1;
 
   __device__ TileStore(const StagedTile& from, const StageTarget& to, int thread)
-      : from_(from), to_(to), thread_(thread) {}
+      : from_(from),
+        to_(to),
+        thread_(thread),
+        row_(thread / kPacks),
+        col_(thread % kPacks * kPack),
+        has_pack_(col_ < from.filters) {}
 
-  // Stores every piece. Of packs the moments are taken on the way, if wanted; else the rounded
-  // numbers take the sums' place.
-  template <Pieces kPieces>
-  __device__ void store_pieces(bool statistics, Moments<kPack>& moments) const {
-    constexpr int kCount = kCountOf<kPieces>;
-    constexpr int kRounds = (kRows * kCols / kCount + kThreads - 1) / kThreads;
-    // The residuals of the next pieces are on their way: a load takes some 600 cycles.
-    Pack<T, kCount> residuals[kAhead];
+  // Lanes::kPacks. A thread keeps its channels: it has every kStep-th row from row_ on.
+  __device__ void store_packs(bool statistics, Moments<kPack>& moments) const {
+    if (!has_pack_) return;
+    const int k = from_.first_k + col_;
+    const ChannelFactors<kPack> factors(to_.epilogue, k, kPack);
+    const T* residual = static_cast<const T*>(to_.epilogue.residual);
+    T* out = static_cast<T*>(to_.out) + k;
+    // As words, since nvcc would take a queue of 16-bit numbers apart.
+    using Words = Pack<uint32_t, kPackBytes / 4>;
+    const auto load_residual = [&](int round) {
+      const int64_t pixel = round < kRounds ? offset_of_row(round) : -1;
+      if (pixel < 0) return Words{};
+      return *reinterpret_cast<const Words*>(residual + k + pixel);
+    };
+    Words coming[kAhead] = {};
+    if (residual != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) residuals[i] = load_residual<kPieces>(i);
-    ChannelFactors<kCount> factors(to_.epilogue, from_.first_k + col<kPieces>(0),
-                                   from_.filters - col<kPieces>(0));
+      for (int i = 0; i < kAhead; ++i) coming[i] = load_residual(i);
+    }
 #pragma unroll 1
     for (int round = 0; round < kRounds; ++round) {
-      Pack<T, kCount> values = residuals[0];
+      Pack<T, kPack> values;  // the residual's, where there is one
+      if (residual != nullptr) {
+        memcpy(&values, &coming[0], sizeof(values));
 #pragma unroll
-      for (int i = 1; i < kAhead; ++i) residuals[i - 1] = residuals[i];
-      residuals[kAhead - 1] = load_residual<kPieces>(round + kAhead);
-      const int64_t offset = offset_of_piece<kPieces>(round);
-      if (offset < 0) continue;
-
-      float* at = from_.sums + row<kPieces>(round) * kPitch + col<kPieces>(round);
-      const int count = from_.filters - col<kPieces>(round);
-      if constexpr (kPieces != Pieces::kPacks) {
-        factors = {to_.epilogue, from_.first_k + col<kPieces>(round), count};
+        for (int i = 1; i < kAhead; ++i) coming[i - 1] = coming[i];
+        coming[kAhead - 1] = load_residual(round + kAhead);
       }
-      float z[kCount];
-      load_sums(at, z);
+      const int64_t pixel = offset_of_row(round);
+      if (pixel < 0) continue;
+      float z[kPack];
+      load_sums(round, z);
       apply_epilogue<T>(to_.epilogue, factors, values, z);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values.at[i] = narrow<T>(z[i]);
-        z[i] = widen(values.at[i]);
-      }
-      store_piece<kPieces>(offset, count, values);
+      for (int i = 0; i < kPack; ++i) values.at[i] = narrow<T>(z[i]);
+      store_pack(out + pixel, values);
       if (!statistics) continue;
-      if constexpr (kPieces == Pieces::kPacks) {
-        moments.add(z);
-      } else {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) at[i] = z[i];
-      }
+      for (int i = 0; i < kPack; ++i) z[i] = widen(values.at[i]);
+      moments.add(z);
     }
   }
 
-  // The moments of the rounded numbers in the tile.
-  __device__ void add_rounded(Moments<kPack>& moments) const {
-    constexpr Pieces kPieces = Pieces::kPacks;
+  // Lanes::kChannels, or kPixels with four channels a thread, whose sums are one load. `keep`: the
+  // rounded numbers take the sums' place.
+  template <Lanes kLanes>
+  __device__ void store_elements(bool keep) const {
+    constexpr int kCount = kLanes == Lanes::kPixels ? 4 : 1;
+    constexpr int kPieces = kRows * kCols / kCount;
+    const T* residual = static_cast<const T*>(to_.epilogue.residual);
+    Pack<T, kCount> coming[kAhead] = {};
+    if (residual != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load_elements(piece_at<kLanes>(i), coming[i]);
+    }
 #pragma unroll 1
-    for (int round = 0; round * kStep < kRows; ++round) {
-      if (offset_of_piece<kPieces>(round) < 0) continue;
+    for (int round = 0; round * kThreads < kPieces; ++round) {
+      Pack<T, kCount> values = coming[0];
+      if (residual != nullptr) {
+#pragma unroll
+        for (int i = 1; i < kAhead; ++i) coming[i - 1] = coming[i];
+        load_elements(piece_at<kLanes>(round + kAhead), coming[kAhead - 1]);
+      }
+      const Piece piece = piece_at<kLanes>(round);
+      if (piece.count <= 0) continue;
+      float* sums = from_.sums + piece.row * kPitch + piece.col;
+      const Pack<float, kCount> staged = load_pack<float, kCount>(sums);
+      float z[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) z[i] = staged.at[i];
+      const ChannelFactors<kCount> factors(to_.epilogue, from_.first_k + piece.col, piece.count);
+      apply_epilogue<T>(to_.epilogue, factors, values, z);
+      Pack<float, kCount> rounded;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        values.at[i] = narrow<T>(z[i]);
+        rounded.at[i] = widen(values.at[i]);
+        if (i < piece.count) {
+          static_cast<T*>(to_.out)[piece.offset + i * to_.channel_stride] = values.at[i];
+        }
+      }
+      if (keep) store_pack(sums, rounded);
+    }
+  }
+
+  // The moments of the rounded numbers in the tile, with the threads as in store_packs().
+  __device__ void add_rounded(Moments<kPack>& moments) const {
+    if (!has_pack_) return;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      if (offset_of_row(round) < 0) continue;
       float z[kPack];
-      load_sums(from_.sums + row<kPieces>(round) * kPitch + col<kPieces>(round), z);
+      load_sums(round, z);
       moments.add(z);
     }
   }
@@ -218,17 +261,16 @@ class TileStore {
   // A thread's moments go where it alone has read: into its first two rows. The counts go behind
   // the columns.
   __device__ void put(const Moments<kPack>& moments) const {
-    const int first_row = row<Pieces::kPacks>(0), first_col = col<Pieces::kPacks>(0);
-    float* means = from_.sums + first_row * kPitch;
-    if (first_col == 0) means[kCols] = static_cast<float>(moments.count);
+    float* means = from_.sums + row_ * kPitch;
+    if (col_ == 0) means[kCols] = static_cast<float>(moments.count);
     if (moments.count == 0) return;
     const float share = 1.0f / static_cast<float>(moments.count);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       const float beyond_pivot = moments.first[i] * share;
       const float m2 = moments.second[i] - moments.first[i] * beyond_pivot;
-      means[first_col + i] = moments.pivot[i] + beyond_pivot;
-      means[kStep * kPitch + first_col + i] = m2 < 0 ? 0.0f : m2;
+      means[col_ + i] = moments.pivot[i] + beyond_pivot;
+      means[kStep * kPitch + col_ + i] = m2 < 0 ? 0.0f : m2;
     }
   }
 
@@ -254,87 +296,61 @@ class TileStore {
 
  private:
   static constexpr int kPitch = stage_pitch(kCols);
-  static constexpr int kStep = kThreads / (kCols / kPack);  // rows that the threads' packs are
-  static constexpr int kAhead = 3;
-  static_assert(kCols % kPack == 0 && kThreads % (kCols / kPack) == 0, "a thread's channels");
-  static_assert(2 * kStep <= kRows, "put() needs two rows a thread");
+  static constexpr int kPacks = kCols / kPack;     // a row
+  static constexpr int kStep = kThreads / kPacks;  // rows of which the threads have a pack each
+  static constexpr int kRounds = kRows / kStep;
+  static constexpr int kAhead = 3;  // residuals on their way: a load takes some 600 cycles
+  static_assert(kCols % kPack == 0 && kThreads % kPacks == 0, "a thread keeps its channels");
+  static_assert(kRows % kStep == 0 && kRounds >= 2, "put() needs two rows a thread");
 
-  template <Pieces kPieces>
-  __device__ int row(int round) const {
-    const int piece = thread_ + round * kThreads;
-    return kPieces == Pieces::kPixels ? piece % kRows : piece / (kCols / kCountOf<kPieces>);
-  }
-  template <Pieces kPieces>
-  __device__ int col(int round) const {
-    constexpr int kCount = kCountOf<kPieces>;
-    const int piece = thread_ + round * kThreads;
-    if (kPieces == Pieces::kPacks) return thread_ % (kCols / kPack) * kPack;
-    return kPieces == Pieces::kPixels ? piece / kRows * kCount : piece % (kCols / kCount) * kCount;
-  }
+  __device__ int64_t offset_of_row(int round) const { return from_.offsets[row_ + round * kStep]; }
 
-  // Of the piece's first element in out; -1 where there is none.
-  template <Pieces kPieces>
-  __device__ int64_t offset_of_piece(int round) const {
-    const int at = row<kPieces>(round), channel = col<kPieces>(round);
-    if (at >= kRows || channel >= from_.filters) return -1;
-    const int64_t pixel = from_.offsets[at];
-    const int64_t stride = kPieces == Pieces::kPixels ? to_.channel_stride : 1;
-    return pixel < 0 ? -1 : pixel + (from_.first_k + channel) * stride;
+  // A thread's pack of sums, 16 bytes at a time. Eight sums are two such loads, and eight lanes
+  // side by side would meet the same half of the banks: four take their second half first.
+  __device__ void load_sums(int round, float (&z)[kPack]) const {
+    const float* at = from_.sums + (row_ + round * kStep) * kPitch + col_;
+    const bool swapped = kPack == 8 && kPacks >= 8 && (thread_ & 4) != 0;
+    const Pack<float, 4> one = load_pack<float, 4>(at + (swapped ? 4 : 0));
+    Pack<float, 4> two = one;
+    if constexpr (kPack == 8) two = load_pack<float, 4>(at + (swapped ? 0 : 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      z[i] = swapped ? two.at[i] : one.at[i];
+      if constexpr (kPack == 8) z[4 + i] = swapped ? one.at[i] : two.at[i];
+    }
   }
 
-  template <Pieces kPieces>
-  __device__ auto load_residual(int round) const {
-    constexpr int kCount = kCountOf<kPieces>;
-    Pack<T, kCount> values = {};
-    if (to_.epilogue.residual == nullptr) return values;
-    const int64_t offset = offset_of_piece<kPieces>(round);
-    if (offset < 0) return values;
-    const T* residual = static_cast<const T*>(to_.epilogue.residual) + offset;
-    if constexpr (kPieces == Pieces::kPacks) return load_pack<T, kCount>(residual);
-    const int count = from_.filters - col<kPieces>(round);
+  // What store_elements() takes at once: channels of a pixel.
+  struct Piece {
+    int row, col, count;  // count <= 0: nothing
+    int64_t offset;       // of its first element in out
+  };
+  template <Lanes kLanes>
+  __device__ Piece piece_at(int round) const {
+    const unsigned i = static_cast<unsigned>(thread_ + round * kThreads);
+    const unsigned row = kLanes == Lanes::kPixels ? i % kRows : i / kCols;
+    const unsigned col = kLanes == Lanes::kPixels ? i / kRows * 4 : i % kCols;
+    Piece piece = {static_cast<int>(row), static_cast<int>(col), 0, 0};
+    if (row >= kRows || col >= kCols) return piece;
+    const int64_t pixel = from_.offsets[row];
+    if (pixel >= 0) piece.count = from_.filters - piece.col;
+    piece.offset = pixel + (from_.first_k + piece.col) * to_.channel_stride;
+    return piece;
+  }
+  template <int kCount>
+  __device__ void load_elements(const Piece& piece, Pack<T, kCount>& values) const {
+    const T* residual = static_cast<const T*>(to_.epilogue.residual) + piece.offset;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) values.at[i] = residual[i * to_.channel_stride];
-    }
-    return values;
-  }
-
-  template <Pieces kPieces, int kCount>
-  __device__ void store_piece(int64_t offset, int count, const Pack<T, kCount>& values) const {
-    T* out = static_cast<T*>(to_.out) + offset;
-    if constexpr (kPieces == Pieces::kPacks) {
-      store_pack(out, values);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (i < count) out[i * to_.channel_stride] = values.at[i];
-      }
-    }
-  }
-
-  // 16 bytes at a time. Eight sums are two such loads, and eight lanes side by side would meet the
-  // same half of the banks: four take their second half first.
-  template <int kCount>
-  __device__ void load_sums(const float* at, float (&z)[kCount]) const {
-    if constexpr (kCount == 8) {
-      const bool swapped = kCols >= 64 && (thread_ & 4) != 0;
-      const Pack<float, 4> one = load_pack<float, 4>(at + (swapped ? 4 : 0));
-      const Pack<float, 4> two = load_pack<float, 4>(at + (swapped ? 0 : 4));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        z[i] = swapped ? two.at[i] : one.at[i];
-        z[4 + i] = swapped ? one.at[i] : two.at[i];
-      }
-    } else {
-      const Pack<float, kCount> all = load_pack<float, kCount>(at);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) z[i] = all.at[i];
+      if (i < piece.count) values.at[i] = residual[i * to_.channel_stride];
     }
   }
 
   const StagedTile& from_;
   const StageTarget& to_;
-  int thread_;
+  const int thread_;
+  const int row_, col_;  // of the thread's first pack
+  const bool has_pack_;
 };
 
 // Stores a tile's results, rounded to T (float, __half, __nv_bfloat16), and its part of the
@@ -350,11 +366,11 @@ __device__ inline void store_tile(const StagedTile& from, const StageTarget& to,
   const bool statistics = to.partials != nullptr;
   Moments<Store::kPack> moments;
   if (to.vector) {
-    store.template store_pieces<Pieces::kPacks>(statistics, moments);
+    store.store_packs(statistics, moments);
   } else if (to.channel_stride == 1) {
-    store.template store_pieces<Pieces::kChannels>(statistics, moments);
+    store.template store_elements<Lanes::kChannels>(statistics);
   } else {
-    store.template store_pieces<Pieces::kPixels>(statistics, moments);
+    store.template store_elements<Lanes::kPixels>(statistics);
   }
   if (!statistics) return;
   if (!to.vector) {

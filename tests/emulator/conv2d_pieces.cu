@@ -152,6 +152,20 @@ const Register filters_f32("filters_f32", filters_case<float>);
 const Register filters_f16("filters_f16", filters_case<__half>);
 const Register filters_bf16("filters_bf16", filters_case<__nv_bfloat16>);
 
+// An infinite number's two parts, and a NaN's, are not finite; their neighbours' are as ever.
+void split_of_infinity(uint64_t) {
+  Conv2dProblem p;
+  p.K = 1;
+  p.C = 4;
+  const float inf = std::numeric_limits<float>::infinity();
+  Array<float> in({1.0f, inf, std::nanf(""), 3.0f}), out(8);
+  cuda::copy_filter("copy", p, {cuda::FilterOrder::kKRSC, true}, in.get(), out.get(), nullptr);
+  const auto got = out.read();
+  expect(got[0] == 1 && got[3] == 3 && got[4] == 0 && got[7] == 0, "finite numbers");
+  expect(got[1] == inf && std::isnan(got[2]) && std::isnan(got[6]), "infinity and NaN");
+}
+const Register infinity("split_of_infinity", split_of_infinity);
+
 void float64_is_refused(uint64_t) {
   expect_throws("float64", [] {
     cuda::copy_activations("copy", DType::kFloat64, Layout::kNHWC, nullptr, nullptr, 1, 8, 8,
@@ -297,18 +311,14 @@ void stage_one(uint64_t seed, const StageCase& t) {
   expect_moments(rows, t.K, mean.read(), var.read());
 }
 
-template <class T>
+template <class T, int kCols, int kThreads>
 void stage_case(uint64_t seed) {
-  for (const StageCase& t : kStages) {
-    stage_one<T, 64, 128>(seed, t);
-    stage_one<T, 32, 64>(seed, t);
-    stage_one<T, 128, 256>(seed, t);
-  }
+  for (const StageCase& t : kStages) stage_one<T, kCols, kThreads>(seed, t);
 }
 
-const Register stage_f32("stage_f32", stage_case<float>);
-const Register stage_f16("stage_f16", stage_case<__half>);
-const Register stage_bf16("stage_bf16", stage_case<__nv_bfloat16>);
+const Register stage_f32("stage_f32", stage_case<float, 128, 256>);
+const Register stage_f16("stage_f16", stage_case<__half, 32, 64>);
+const Register stage_bf16("stage_bf16", stage_case<__nv_bfloat16, 64, 128>);
 
 // The input's gradient has no epilogue, and its channels are C.
 void dgrad_target_case(uint64_t) {
