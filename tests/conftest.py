@@ -32,6 +32,8 @@ hypothesis.settings.load_profile("default")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: large sweeps, run by `make test-all`")
     torch.set_num_threads(2)
+    if getattr(config.option, "dist", "no") == "load":  # `pytest -n auto`
+        config.option.dist = "loadgroup"
 
 
 @pytest.fixture(autouse=True)
