@@ -107,6 +107,31 @@ def launches():
         _library.fastconv_emulator_stop_log(keep)
 
 
+@contextlib.contextmanager
+def truncation():
+    """In this block tensor cores round their float32 sums towards zero, as hardware may: a kernel
+    that is to be as exact as float32 must not leave long sums to them."""
+    load()
+    _library.fastconv_emulator_set_truncation(ctypes.c_bool(True))
+    try:
+        yield
+    finally:
+        _library.fastconv_emulator_set_truncation(ctypes.c_bool(False))
+
+
+@contextlib.contextmanager
+def tf32():
+    """In this block float32 convolutions on CPU tensors, emulated or interpreted, follow torch's
+    switches for TF32 (``torch.backends.cudnn.allow_tf32`` and its successors) as they do on a GPU.
+    Elsewhere they are strict."""
+    switch = _extension.load().set_tf32_on_cpu
+    before = switch(True)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 _lock = threading.Lock()
 _library = None
 _ROW = ctypes.CFUNCTYPE(

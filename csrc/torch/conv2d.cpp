@@ -47,7 +47,7 @@ Conv2dProblem make_problem(at::IntArrayRef input_size, at::IntArrayRef weight_si
   p.dtype = dtype_of(like);
   p.layout = layout_of(channels_last);
   p.filter_layout = layout_of(filter_channels_last);
-  p.tf32 = like.is_cuda() && p.dtype == DType::kFloat32 && conv_may_use_tf32();
+  p.tf32 = may_use_tf32(like);
   return p;
 }
 

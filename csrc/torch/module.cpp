@@ -134,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_emulator", &load_emulator);
   m.def("refuse_architecture", &refuse_architecture);
   m.def("conv_may_use_tf32", &conv_may_use_tf32);
+  m.def("set_tf32_on_cpu", [](bool allowed) { return tf32_on_cpu.exchange(allowed); });
   bind_triton(m);
   m.def("cpu_isa", [] { return std::string(name_of(host_isa())); });
 #ifdef FASTCONV_WITH_CUDA
