@@ -21,16 +21,15 @@ TENSOR_CORES = [
     if row.backend == "emulator" and ("igemm_sm" in row.name or "conv1x1_sm90" in row.name)
 ]
 ROWS = [pytest.param(row, id=row.name) for row in TENSOR_CORES]
-NAMES = (
-    "3x3",
-    "three channels, stem",
-    "64 to 64 channels, 3x3",
-    "64 to 65 channels, 1x1",
-    "stride 2",
+SHAPES = [s for s in CONV_EDGES if s.name in (
+    "3x3", "three channels, stem", "64 to 64 channels, 3x3", "64 to 65 channels, 1x1", "stride 2",
+)]  # fmt: skip
+# Sums of 1,152, 1,024 and 64 in fprop, of 288, 64 and 1,024 in dgrad, of 2,500 and 64 in wgrad.
+LONG = (
+    ConvShape("3x3, long", 1, 128, 50, 50, 32, 3, 3, (1, 1), (1, 1)),
+    ConvShape("1x1, long", 1, 1024, 8, 8, 64, 1, 1),
+    ConvShape("1x1, wide", 1, 64, 50, 50, 1024, 1, 1),
 )
-SHAPES = [shape for shape in CONV_EDGES if shape.name in NAMES]
-# 36 and 9 steps of 32 in fprop's and dgrad's sums, 2,500 pixels in wgrad's.
-LONG = ConvShape("long sums", 1, 128, 50, 50, 32, 3, 3, (1, 1), (1, 1))
 
 pytestmark = pytest.mark.skipif(not TENSOR_CORES, reason="the emulator does not run here")
 
@@ -84,14 +83,9 @@ def test_allowed_the_operands_are_rounded_and_nothing_else(row, layout, allowed)
 
 @pytest.mark.parametrize("row", ROWS)
 def test_strict_sums_do_not_trust_the_tensor_cores(row):
-    shapes = [
-        LONG,
-        ConvShape("1x1, long", 1, 1024, 8, 8, 64, 1, 1),
-        ConvShape("1x1, wide", 1, 64, 50, 50, 1024, 1, 1),
-    ]
     ran = 0
     with fastconv.emulator.truncation():
-        for shape in shapes:
+        for shape in LONG:
             case = support.conv_case(shape, "normal", torch.float32)
             actual, reason = run(row, case)
             if reason:
