@@ -32,6 +32,7 @@ hypothesis.settings.load_profile("default")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: large sweeps, run by `make test-all`")
     torch.set_num_threads(2)
+    torch.backends.cudnn.allow_tf32 = False  # contracts are float32's: test_tf32.py allows it
     if getattr(config.option, "dist", "no") == "load":  # `pytest -n auto`
         config.option.dist = "loadgroup"
 
