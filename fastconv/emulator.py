@@ -33,6 +33,7 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # -Wno-psabi: a note on 64-byte aligned arguments.
 _FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTCONV_EMULATOR"]
 _FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
+_FLAGS += ["-DFASTCONV_SM90A"]  # csrc/cuda/*sm90*.cu are among what is compiled
 # A GPU contracts a * b + c to one rounding; where the CPU has that instruction, so do we.
 if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
     _FLAGS += ["-mavx2", "-mfma", "-ffp-contract=fast"]
