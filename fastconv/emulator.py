@@ -94,6 +94,15 @@ def seed(value: int) -> None:
     _library.fastconv_emulator_set_seed(ctypes.c_uint64(value))
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 convolutions may round their operands to TF32; at first they may not.
+
+    On a GPU ``torch.backends.cudnn.conv.fp32_precision`` says so.
+    """
+    load()
+    _library.fastconv_emulator_allow_tf32(ctypes.c_int(bool(allowed)))
+
+
 @contextlib.contextmanager
 def launches():
     """``with launches() as log:`` fills the list `log` with a :class:`Launch` a kernel, in order,

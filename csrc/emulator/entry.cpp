@@ -1,5 +1,6 @@
 // What a program that loads the emulator as a library calls: fastconv's extension for the rows,
 // fastconv/emulator.py through ctypes for the rest.
+#include <atomic>
 #include <cstring>
 #include <utility>
 
@@ -18,6 +19,18 @@ Device emulated_device() {
   return device;
 }
 
+// torch's switches speak of GPUs: of CPU tensors the extension says that TF32 is not allowed.
+std::atomic<bool> tf32_allowed{false};
+
+Conv2dProblem as_emulated(Conv2dProblem problem) {
+  problem.tf32 = problem.dtype == DType::kFloat32 && tf32_allowed.load();
+  return problem;
+}
+template <class Problem>
+const Problem& as_emulated(const Problem& problem) {
+  return problem;
+}
+
 // A CUDA row as a row on CPU tensors: the same decisions as on the emulated GPU.
 template <class K>
 void append_emulated(std::vector<K>& to, std::vector<K> rows) {
@@ -29,12 +42,16 @@ void append_emulated(std::vector<K>& to, std::vector<K> rows) {
       return std::function<Result(const typename K::Problem&, const Device&)>(
           [function](const typename K::Problem& problem, const Device&) {
             static const Device device = emulated_device();
-            return function(problem, device);
+            return function(as_emulated(problem), device);
           });
     };
     if (row.supports) row.supports = on_device(row.supports);
     if (row.cost) row.cost = on_device(row.cost);
     if (row.workspace) row.workspace = on_device(row.workspace);
+    row.launch = [launch = row.launch](const typename K::Problem& problem,
+                                       const typename K::Args& args, const Context& context) {
+      launch(as_emulated(problem), args, context);
+    };
     to.push_back(std::move(row));
   }
 }
@@ -61,6 +78,10 @@ FASTCONV_EXPORT void fastconv_emulator_set_seed(uint64_t seed) {
 }
 
 FASTCONV_EXPORT uint64_t fastconv_emulator_seed() { return fastconv::emulator::seed(); }
+
+FASTCONV_EXPORT void fastconv_emulator_allow_tf32(int allowed) {
+  fastconv::tf32_allowed.store(allowed != 0);
+}
 
 FASTCONV_EXPORT void fastconv_emulator_start_log() { fastconv::emulator::start_log(); }
 
