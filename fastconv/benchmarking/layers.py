@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import fastconv.functional
-from fastconv.benchmarking.peers import LAYOUTS, Comparison, _assert_close
+from fastconv.benchmarking.peers import LAYOUTS, Comparison, assert_close
 from fastconv.benchmarking.shapes import NETWORKS, ConvShape, network
 from fastconv.benchmarking.timing import time_interleaved
 
@@ -75,7 +75,7 @@ def layer_ways(
             copies = (t.clone(memory_format=memory_format) for t in (x, w, grad))
             ways[side, layout] = direction_call(conv2d, direction, layer, *copies)
         what = f"{layer.name} {direction} {layout}"
-        _assert_close(what, ways["ours", layout](), ways["theirs", layout](), TOLERANCE)
+        assert_close(what, ways["ours", layout](), ways["theirs", layout](), TOLERANCE)
     return ways
 
 
