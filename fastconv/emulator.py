@@ -132,7 +132,7 @@ def build(*, sanitize: bool = False) -> Path:
     sources = _emulator_sources(tools.csrc) + sorted((tools.csrc / "cuda").glob("*.cu"))
     sources += [tools.csrc / "cuda" / "table.cpp"]
     sources += [tools.csrc / "emulator" / "entry.cpp"]
-    return tools.link(sources, _cache() / tools.key(sources, sanitize) / _LIBRARY, sanitize)
+    return tools.link(sources, cache() / tools.key(sources, sanitize) / _LIBRARY, sanitize)
 
 
 def compile_program(sources, output, sanitize: bool = False) -> Path:
@@ -152,7 +152,7 @@ def _emulator_sources(csrc):
     return sorted(f for f in (csrc / "emulator").glob("*.cpp") if f.name != "entry.cpp")
 
 
-def _cache() -> Path:
+def cache() -> Path:
     """``FASTCONV_CACHE``, or ``fastconv`` in the user's cache directory."""
     named = os.environ.get("FASTCONV_CACHE")
     if named:
@@ -282,7 +282,7 @@ class _Toolchain:
     def link(self, sources, output: Path, sanitize: bool, program: bool = False) -> Path:
         if not program and _is_whole(output):
             return output
-        objects_folder = _cache() / "objects"
+        objects_folder = cache() / "objects"
         try:
             objects_folder.mkdir(parents=True, exist_ok=True)
             output.parent.mkdir(parents=True, exist_ok=True)
