@@ -1,0 +1,228 @@
+// The matrix product at the heart of the sm_80 tensor-core convolutions: a block of four warps
+// multiplies tiles A [kM x depth] and B [kN x depth], the depth contiguous in both, and holds the
+// sums in registers as mma.sync leaves them.
+//
+// A stage is 64 bytes of depth: 32 16-bit elements, 16 of 32 bits, two mma steps of either. Four
+// stages are on their way by cp.async, so that three hide a latency of some 500 cycles: a stage of
+// the 128 x 128 tile computes for 512 at sm_80's rate. Warps are two by two; with 64 x 64 sums each
+// one reads (64 + 64) rows of 32 bytes for 64 * 64 * 16 multiply-adds: 64 bytes a cycle and SM, and
+// 32 written by the copies, of the 128 that shared memory has. Warps of 32 x 32 ask for 128.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/element.h"
+#include "cuda/launch.h"
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/mma.h"
+
+namespace fastconv {
+namespace cuda {
+
+// float32 operands as two TF32 numbers each, whose three larger products are summed: 3xTF32.
+struct Tf32x3 {};
+
+// What memory holds of the operands Math multiplies: __half, __nv_bfloat16, ptx::Tf32, Tf32x3.
+template <class Math>
+using IgemmElement = std::conditional_t<
+    std::is_same_v<Math, ptx::Tf32> || std::is_same_v<Math, Tf32x3>, float, Math>;
+
+constexpr int kIgemmThreads = 128;
+constexpr int kIgemmStages = 4;
+constexpr int kIgemmRowBytes = 64;  // of depth, a stage
+constexpr int kIgemmUnits = kIgemmRowBytes / kPackBytes;
+// One unit a thread and copy: the block covers this many rows at a time.
+constexpr int kIgemmRows = kIgemmThreads / kIgemmUnits;
+
+template <int kM_, int kN_>
+struct IgemmTile {
+  static constexpr int kM = kM_, kN = kN_;
+  static constexpr int kWarpM = kM / 2, kWarpN = kN / 2;
+  static constexpr int kI = kWarpM / 16, kJ = kWarpN / 8;  // mma tiles of a warp
+  static constexpr int kLoadsA = kM / kIgemmRows, kLoadsB = kN / kIgemmRows;  // units a thread
+  static constexpr int kStageBytes = (kM + kN) * kIgemmRowBytes;
+  static constexpr int kPitch = kN + 4;  // of the results in shared memory
+  static constexpr int kSharedBytes =
+      std::max(kIgemmStages * kStageBytes, kM * kPitch * static_cast<int>(sizeof(float)));
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "ldmatrix brings 16 rows of either");
+  static_assert(kPitch % 32 == 4, "lanes along rows or columns meet different banks");
+
+  using Sums = float[kI][kJ][4];
+};
+
+// Where unit `unit` of a row stands in a stage. Two rows share the 128 bytes that all banks have,
+// and the XOR gives eight rows' units of one depth eight different places in them: neither
+// ldmatrix, which reads those, nor cp.async, which writes two whole rows, meets a bank twice.
+__device__ inline int igemm_offset(int row, int unit) {
+  return row * kIgemmRowBytes + ((unit ^ ((row >> 1) & (kIgemmUnits - 1))) * kPackBytes);
+}
+static_assert(kIgemmRowBytes == 64 && kIgemmUnits == 4, "two rows are the banks' 128 bytes");
+
+// Shared addresses, in stage 0, of the row that the lane names to ldmatrix: rows 0 to 15 of the
+// first 16 bytes, then of the second. Further rows are whole multiples of 16 away, which the
+// swizzle does not see; the second mma step's units are the first's XOR 2.
+struct IgemmLane {
+  uint32_t a, b;
+};
+constexpr uint32_t kIgemmSecondStep = 2 * kPackBytes;
+
+template <class Tile>
+__device__ inline IgemmLane igemm_lane(uint32_t memory) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int row = lane % 16, unit = lane / 16;
+  return {memory + igemm_offset(warp / 2 * Tile::kWarpM + row, unit),
+          memory + Tile::kM * kIgemmRowBytes + igemm_offset(warp % 2 * Tile::kWarpN + row, unit)};
+}
+
+// sum += a * b, in a way that depends on Math.
+template <class Math>
+__device__ inline void igemm_multiply(float (&sum)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<Math, ptx::Tf32>) {
+    ptx::mma_m16n8k8_tf32(sum, a, b, sum);
+  } else {
+    ptx::mma_m16n8k16<Math>(sum, a, b, sum);
+  }
+}
+
+// Rounded to TF32, and what that leaves, rounded too: cutting it off would cost a bit of the 22.
+template <int kCount>
+__device__ inline void split_tf32(uint32_t (&x)[kCount], uint32_t (&rest)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float value = __uint_as_float(x[i]);
+    x[i] = ptx::to_tf32(value);
+    rest[i] = ptx::to_tf32(value - __uint_as_float(x[i]));
+  }
+}
+
+// The three products start from zero and are added in plain float32: tensor cores may cut bits off
+// where they accumulate, and that would grow with the length of the sum.
+__device__ inline void igemm_multiply_3x(float (&sum)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&a_rest)[4], const uint32_t (&b)[2],
+                                         const uint32_t (&b_rest)[2]) {
+  float part[4] = {};
+  ptx::mma_m16n8k8_tf32(part, a_rest, b, part);
+  ptx::mma_m16n8k8_tf32(part, a, b_rest, part);
+  ptx::mma_m16n8k8_tf32(part, a, b, part);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum[e] += part[e];
+}
+
+// Multiplies what stands in one stage; `at` is the lane's in that stage.
+template <class Math, class Tile>
+__device__ inline void igemm_stage(const IgemmLane& at, typename Tile::Sums& sum) {
+  constexpr bool kThree = std::is_same_v<Math, Tf32x3>;
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const uint32_t flip = step * kIgemmSecondStep;
+    uint32_t a[Tile::kI][4], a_rest[kThree ? Tile::kI : 1][4];
+#pragma unroll
+    for (int i = 0; i < Tile::kI; ++i) {
+      ptx::ldmatrix(a[i], (at.a ^ flip) + i * 16 * kIgemmRowBytes);
+      if constexpr (kThree) split_tf32(a[i], a_rest[i]);
+      if constexpr (std::is_same_v<Math, ptx::Tf32>) {
+#pragma unroll
+        for (uint32_t& x : a[i]) x = ptx::to_tf32(__uint_as_float(x));
+      }
+    }
+#pragma unroll
+    for (int pair = 0; pair < Tile::kJ / 2; ++pair) {
+      uint32_t b[4], b_rest[4];
+      ptx::ldmatrix(b, (at.b ^ flip) + pair * 16 * kIgemmRowBytes);
+      if constexpr (kThree) split_tf32(b, b_rest);
+      if constexpr (std::is_same_v<Math, ptx::Tf32>) {
+#pragma unroll
+        for (uint32_t& x : b) x = ptx::to_tf32(__uint_as_float(x));
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t b_half[2] = {b[half], b[2 + half]};
+#pragma unroll
+        for (int i = 0; i < Tile::kI; ++i) {
+          if constexpr (kThree) {
+            const uint32_t b_half_rest[2] = {b_rest[half], b_rest[2 + half]};
+            igemm_multiply_3x(sum[i][2 * pair + half], a[i], a_rest[i], b_half, b_half_rest);
+          } else {
+            igemm_multiply<Math>(sum[i][2 * pair + half], a[i], b_half);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The whole product by asynchronous copies. load(to, step): issues the thread's cp.async of a step
+// into the stage at shared address `to`. One barrier a step: when it has been passed, the stage has
+// landed for every thread, and the one that load() now fills has been read by all.
+template <class Math, class Tile, class Load>
+__device__ inline void igemm_async(unsigned char* memory, int steps, typename Tile::Sums& sum,
+                                   Load&& load) {
+  const uint32_t base = ptx::shared_address(memory);
+  const IgemmLane lane = igemm_lane<Tile>(base);
+#pragma unroll
+  for (int step = 0; step < kIgemmStages - 1; ++step) {
+    if (step < steps) load(base + step * Tile::kStageBytes);
+    ptx::cp_async_commit();  // empty at the end, so that the wait's count stays right
+  }
+  int read = 0, write = kIgemmStages - 1;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kIgemmStages - 2>();
+    __syncthreads();
+    if (step + kIgemmStages - 1 < steps) load(base + write * Tile::kStageBytes);
+    ptx::cp_async_commit();
+    const uint32_t from = read * Tile::kStageBytes;
+    igemm_stage<Math, Tile>({lane.a + from, lane.b + from}, sum);
+    read = read + 1 == kIgemmStages ? 0 : read + 1;
+    write = write + 1 == kIgemmStages ? 0 : write + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // before the memory serves the results
+}
+
+// The same with values that pass through registers: fetch() reads the next step's from global
+// memory while the present one is multiplied, store(to) puts them into a stage. Two stages.
+template <class Math, class Tile, class Fetch, class Store>
+__device__ inline void igemm_by_registers(unsigned char* memory, int steps,
+                                          typename Tile::Sums& sum, Fetch&& fetch, Store&& store) {
+  const IgemmLane lane = igemm_lane<Tile>(ptx::shared_address(memory));
+  if (steps > 0) {
+    fetch();
+    store(memory);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const bool more = step + 1 < steps;
+    if (more) fetch();
+    const uint32_t from = step % 2 * Tile::kStageBytes;
+    igemm_stage<Math, Tile>({lane.a + from, lane.b + from}, sum);
+    if (more) store(memory + (step + 1) % 2 * Tile::kStageBytes);
+    __syncthreads();
+  }
+}
+
+// Puts the sums into shared memory as [kM][kPitch] floats.
+template <class Tile>
+__device__ inline void igemm_put_sums(float* to, const typename Tile::Sums& sum) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int row = warp / 2 * Tile::kWarpM + lane / 4;
+  const int column = warp % 2 * Tile::kWarpN + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < Tile::kI; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kJ; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Pack<float, 2> pair = {{sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
+        store_pack(to + (row + 16 * i + 8 * half) * Tile::kPitch + column + 8 * j, pair);
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace fastconv
