@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/conv2d_layout.h"
+#include "cuda/conv2d_stage.h"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/cp_async.h"
@@ -26,8 +28,9 @@ struct Tf32x3 {};
 
 // What memory holds of the operands Math multiplies: __half, __nv_bfloat16, ptx::Tf32, Tf32x3.
 template <class Math>
-using IgemmElement = std::conditional_t<
-    std::is_same_v<Math, ptx::Tf32> || std::is_same_v<Math, Tf32x3>, float, Math>;
+using IgemmElement =
+    std::conditional_t<std::is_same_v<Math, ptx::Tf32> || std::is_same_v<Math, Tf32x3>, float,
+                       Math>;
 
 constexpr int kIgemmThreads = 128;
 constexpr int kIgemmStages = 4;
@@ -36,21 +39,23 @@ constexpr int kIgemmUnits = kIgemmRowBytes / kPackBytes;
 // One unit a thread and copy: the block covers this many rows at a time.
 constexpr int kIgemmRows = kIgemmThreads / kIgemmUnits;
 
-template <int kM_, int kN_>
+// kBlocks: that an SM is to hold, which bounds the registers: 255 a thread for two, 128 for four.
+template <int kM_, int kN_, int kBlocks_>
 struct IgemmTile {
-  static constexpr int kM = kM_, kN = kN_;
+  static constexpr int kM = kM_, kN = kN_, kBlocks = kBlocks_;
   static constexpr int kWarpM = kM / 2, kWarpN = kN / 2;
-  static constexpr int kI = kWarpM / 16, kJ = kWarpN / 8;  // mma tiles of a warp
+  static constexpr int kI = kWarpM / 16, kJ = kWarpN / 8;                     // mma tiles of a warp
   static constexpr int kLoadsA = kM / kIgemmRows, kLoadsB = kN / kIgemmRows;  // units a thread
   static constexpr int kStageBytes = (kM + kN) * kIgemmRowBytes;
-  static constexpr int kPitch = kN + 4;  // of the results in shared memory
+  static constexpr int kPitch = stage_pitch(kN);  // of the sums in shared memory
   static constexpr int kSharedBytes =
       std::max(kIgemmStages * kStageBytes, kM * kPitch * static_cast<int>(sizeof(float)));
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "ldmatrix brings 16 rows of either");
-  static_assert(kPitch % 32 == 4, "lanes along rows or columns meet different banks");
 
   using Sums = float[kI][kJ][4];
 };
+using IgemmLarge = IgemmTile<128, 128, 2>;
+using IgemmSmall = IgemmTile<64, 64, 4>;
 
 // Where unit `unit` of a row stands in a stage. Two rows share the 128 bytes that all banks have,
 // and the XOR gives eight rows' units of one depth eight different places in them: neither
@@ -87,15 +92,19 @@ __device__ inline void igemm_multiply(float (&sum)[4], const uint32_t (&a)[4],
   }
 }
 
-// Rounded to TF32, and what that leaves, rounded too: cutting it off would cost a bit of the 22.
 template <int kCount>
-__device__ inline void split_tf32(uint32_t (&x)[kCount], uint32_t (&rest)[kCount]) {
+__device__ inline void split_each(uint32_t (&x)[kCount], uint32_t (&rest)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float value = __uint_as_float(x[i]);
-    x[i] = ptx::to_tf32(value);
-    rest[i] = ptx::to_tf32(value - __uint_as_float(x[i]));
+    const Tf32Pair pair = split_tf32(__uint_as_float(x[i]));
+    x[i] = pair.hi;
+    rest[i] = pair.lo;
   }
+}
+template <int kCount>
+__device__ inline void round_each(uint32_t (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = ptx::to_tf32(__uint_as_float(x[i]));
 }
 
 // The three products start from zero and are added in plain float32: tensor cores may cut bits off
@@ -122,21 +131,15 @@ __device__ inline void igemm_stage(const IgemmLane& at, typename Tile::Sums& sum
 #pragma unroll
     for (int i = 0; i < Tile::kI; ++i) {
       ptx::ldmatrix(a[i], (at.a ^ flip) + i * 16 * kIgemmRowBytes);
-      if constexpr (kThree) split_tf32(a[i], a_rest[i]);
-      if constexpr (std::is_same_v<Math, ptx::Tf32>) {
-#pragma unroll
-        for (uint32_t& x : a[i]) x = ptx::to_tf32(__uint_as_float(x));
-      }
+      if constexpr (kThree) split_each(a[i], a_rest[i]);
+      if constexpr (std::is_same_v<Math, ptx::Tf32>) round_each(a[i]);
     }
 #pragma unroll
     for (int pair = 0; pair < Tile::kJ / 2; ++pair) {
       uint32_t b[4], b_rest[4];
       ptx::ldmatrix(b, (at.b ^ flip) + pair * 16 * kIgemmRowBytes);
-      if constexpr (kThree) split_tf32(b, b_rest);
-      if constexpr (std::is_same_v<Math, ptx::Tf32>) {
-#pragma unroll
-        for (uint32_t& x : b) x = ptx::to_tf32(__uint_as_float(x));
-      }
+      if constexpr (kThree) split_each(b, b_rest);
+      if constexpr (std::is_same_v<Math, ptx::Tf32>) round_each(b);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t b_half[2] = {b[half], b[2 + half]};
@@ -154,9 +157,9 @@ __device__ inline void igemm_stage(const IgemmLane& at, typename Tile::Sums& sum
   }
 }
 
-// The whole product by asynchronous copies. load(to, step): issues the thread's cp.async of a step
-// into the stage at shared address `to`. One barrier a step: when it has been passed, the stage has
-// landed for every thread, and the one that load() now fills has been read by all.
+// The whole product by asynchronous copies. load(to): issues the thread's cp.async of the
+// next step into the stage at shared address `to`. One barrier a step: when it has been passed, the
+// stage has landed for every thread, and the one that load() now fills has been read by all.
 template <class Math, class Tile, class Load>
 __device__ inline void igemm_async(unsigned char* memory, int steps, typename Tile::Sums& sum,
                                    Load&& load) {
@@ -183,26 +186,21 @@ __device__ inline void igemm_async(unsigned char* memory, int steps, typename Ti
   __syncthreads();  // before the memory serves the results
 }
 
-// The same with values that pass through registers: fetch() reads the next step's from global
-// memory while the present one is multiplied, store(to) puts them into a stage. Two stages.
-template <class Math, class Tile, class Fetch, class Store>
+// The same with values that pass through registers: put(to) brings the next step's. It has the
+// registers that the multiplication leaves free, but none to keep values in meanwhile: the SM's
+// other blocks multiply while one waits. Two stages.
+template <class Math, class Tile, class Put>
 __device__ inline void igemm_by_registers(unsigned char* memory, int steps,
-                                          typename Tile::Sums& sum, Fetch&& fetch, Store&& store) {
+                                          typename Tile::Sums& sum, Put&& put) {
   const IgemmLane lane = igemm_lane<Tile>(ptx::shared_address(memory));
-  if (steps > 0) {
-    fetch();
-    store(memory);
-  }
-  __syncthreads();
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    const bool more = step + 1 < steps;
-    if (more) fetch();
-    const uint32_t from = step % 2 * Tile::kStageBytes;
-    igemm_stage<Math, Tile>({lane.a + from, lane.b + from}, sum);
-    if (more) store(memory + (step + 1) % 2 * Tile::kStageBytes);
+    const int stage = step % 2 * Tile::kStageBytes;
+    put(memory + stage);
     __syncthreads();
+    igemm_stage<Math, Tile>({lane.a + stage, lane.b + stage}, sum);
   }
+  __syncthreads();  // before the memory serves the results
 }
 
 // Puts the sums into shared memory as [kM][kPitch] floats.
