@@ -124,6 +124,11 @@ std::string supports(const IgemmRow& row, const Conv2dProblem& p, const Device& 
   // Tiles of many channels waste nearly all of their work where a group has one.
   if (p.G > 1 && p.C == p.G) return "1 channel a group";
   if (p.G > 1 && p.K == p.G) return "1 filter a group";
+  const Cut cut = cut_of(row, p);
+  if (cut.patches && row.size == IgemmLarge::kM) {
+    return std::to_string(cut.red) + (row.backward() ? " filters" : " channels") +
+           " a group, which a smaller tile gathers one by one";
+  }
   const int64_t bytes = row.size == IgemmLarge::kM ? igemm_shared_bytes<IgemmLarge>()
                                                    : igemm_shared_bytes<IgemmSmall>();
   if (bytes > device.shared_memory_per_block) {

@@ -47,6 +47,9 @@ struct IgemmTile {
   static constexpr int kI = kWarpM / 16, kJ = kWarpN / 8;                     // mma tiles of a warp
   static constexpr int kLoadsA = kM / kIgemmRows, kLoadsB = kN / kIgemmRows;  // units a thread
   static constexpr int kStageBytes = (kM + kN) * kIgemmRowBytes;
+  // The large tile has no registers left to gather patches by, and few filters as a rule where
+  // there are few channels.
+  static constexpr bool kPatches = kBlocks > 2;
   static constexpr int kPitch = stage_pitch(kN);  // of the sums in shared memory
   static constexpr int kSharedBytes =
       std::max(kIgemmStages * kStageBytes, kM * kPitch * static_cast<int>(sizeof(float)));
@@ -81,75 +84,77 @@ __device__ inline IgemmLane igemm_lane(uint32_t memory) {
           memory + Tile::kM * kIgemmRowBytes + igemm_offset(warp % 2 * Tile::kWarpN + row, unit)};
 }
 
-// sum += a * b, in a way that depends on Math.
+// Fragments of one mma step as Math wants them: rounded, or split into two parts.
 template <class Math>
-__device__ inline void igemm_multiply(float (&sum)[4], const uint32_t (&a)[4],
-                                      const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<Math, ptx::Tf32>) {
-    ptx::mma_m16n8k8_tf32(sum, a, b, sum);
+struct IgemmFragment {
+  static constexpr bool kThree = std::is_same_v<Math, Tf32x3>;
+  uint32_t x[4], rest[kThree ? 4 : 1];
+
+  __device__ void load(uint32_t at) {
+    ptx::ldmatrix(x, at);
+    if constexpr (std::is_same_v<Math, ptx::Tf32>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = ptx::to_tf32(__uint_as_float(x[i]));
+    }
+    if constexpr (kThree) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Tf32Pair pair = split_tf32(__uint_as_float(x[i]));
+        x[i] = pair.hi;
+        rest[i] = pair.lo;
+      }
+    }
+  }
+};
+
+// sum += a * b, of b the columns 8 * half to 8 * half + 7.
+//
+// 3xTF32: the three products start from zero and are added in plain float32. Tensor cores may cut
+// bits off where they accumulate, and that would grow with the length of the sum.
+template <class Math>
+__device__ inline void igemm_multiply(float (&sum)[4], const IgemmFragment<Math>& a,
+                                      const IgemmFragment<Math>& b, int half) {
+  const uint32_t columns[2] = {b.x[half], b.x[2 + half]};
+  if constexpr (std::is_same_v<Math, Tf32x3>) {
+    const uint32_t rest[2] = {b.rest[half], b.rest[2 + half]};
+    float part[4] = {};
+    ptx::mma_m16n8k8_tf32(part, a.rest, columns, part);
+    ptx::mma_m16n8k8_tf32(part, a.x, rest, part);
+    ptx::mma_m16n8k8_tf32(part, a.x, columns, part);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += part[e];
+  } else if constexpr (std::is_same_v<Math, ptx::Tf32>) {
+    ptx::mma_m16n8k8_tf32(sum, a.x, columns, sum);
   } else {
-    ptx::mma_m16n8k16<Math>(sum, a, b, sum);
+    ptx::mma_m16n8k16<Math>(sum, a.x, columns, sum);
   }
 }
 
-template <int kCount>
-__device__ inline void split_each(uint32_t (&x)[kCount], uint32_t (&rest)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const Tf32Pair pair = split_tf32(__uint_as_float(x[i]));
-    x[i] = pair.hi;
-    rest[i] = pair.lo;
-  }
-}
-template <int kCount>
-__device__ inline void round_each(uint32_t (&x)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = ptx::to_tf32(__uint_as_float(x[i]));
-}
-
-// The three products start from zero and are added in plain float32: tensor cores may cut bits off
-// where they accumulate, and that would grow with the length of the sum.
-__device__ inline void igemm_multiply_3x(float (&sum)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&a_rest)[4], const uint32_t (&b)[2],
-                                         const uint32_t (&b_rest)[2]) {
-  float part[4] = {};
-  ptx::mma_m16n8k8_tf32(part, a_rest, b, part);
-  ptx::mma_m16n8k8_tf32(part, a, b_rest, part);
-  ptx::mma_m16n8k8_tf32(part, a, b, part);
-#pragma unroll
-  for (int e = 0; e < 4; ++e) sum[e] += part[e];
-}
-
-// Multiplies what stands in one stage; `at` is the lane's in that stage.
+// Multiplies what stands in one stage; `at` is the lane's in that stage. With both parts of the
+// operands there are registers for two of A's fragments at a time, and not for the second step's.
 template <class Math, class Tile>
 __device__ inline void igemm_stage(const IgemmLane& at, typename Tile::Sums& sum) {
   constexpr bool kThree = std::is_same_v<Math, Tf32x3>;
-#pragma unroll
+  constexpr int kAtOnce = kThree ? 2 : Tile::kI;
+#pragma unroll(kThree ? 1 : 2)
   for (int step = 0; step < 2; ++step) {
     const uint32_t flip = step * kIgemmSecondStep;
-    uint32_t a[Tile::kI][4], a_rest[kThree ? Tile::kI : 1][4];
 #pragma unroll
-    for (int i = 0; i < Tile::kI; ++i) {
-      ptx::ldmatrix(a[i], (at.a ^ flip) + i * 16 * kIgemmRowBytes);
-      if constexpr (kThree) split_each(a[i], a_rest[i]);
-      if constexpr (std::is_same_v<Math, ptx::Tf32>) round_each(a[i]);
-    }
+    for (int first = 0; first < Tile::kI; first += kAtOnce) {
+      IgemmFragment<Math> a[kAtOnce];
 #pragma unroll
-    for (int pair = 0; pair < Tile::kJ / 2; ++pair) {
-      uint32_t b[4], b_rest[4];
-      ptx::ldmatrix(b, (at.b ^ flip) + pair * 16 * kIgemmRowBytes);
-      if constexpr (kThree) split_each(b, b_rest);
-      if constexpr (std::is_same_v<Math, ptx::Tf32>) round_each(b);
+      for (int i = 0; i < kAtOnce; ++i) {
+        a[i].load((at.a ^ flip) + (first + i) * 16 * kIgemmRowBytes);
+      }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t b_half[2] = {b[half], b[2 + half]};
+      for (int j = 0; j < Tile::kJ; j += 2) {
+        IgemmFragment<Math> b;
+        b.load((at.b ^ flip) + j * 8 * kIgemmRowBytes);
 #pragma unroll
-        for (int i = 0; i < Tile::kI; ++i) {
-          if constexpr (kThree) {
-            const uint32_t b_half_rest[2] = {b_rest[half], b_rest[2 + half]};
-            igemm_multiply_3x(sum[i][2 * pair + half], a[i], a_rest[i], b_half, b_half_rest);
-          } else {
-            igemm_multiply<Math>(sum[i][2 * pair + half], a[i], b_half);
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            igemm_multiply<Math>(sum[first + i][j + half], a[i], b, half);
           }
         }
       }

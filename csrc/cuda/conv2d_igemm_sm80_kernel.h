@@ -302,8 +302,13 @@ __device__ inline void igemm_each_four(const IgemmParams& t, int64_t tile, int s
   }
 }
 
+// The small tile's 128 registers are too few for patches and for both parts of the operands.
 template <class Math, class Tile, bool kPatches>
-__global__ void __launch_bounds__(kIgemmThreads, Tile::kBlocks)
+constexpr int kIgemmBlocks =
+    kPatches || std::is_same_v<Math, Tf32x3> ? std::min(Tile::kBlocks, 3) : Tile::kBlocks;
+
+template <class Math, class Tile, bool kPatches>
+__global__ void __launch_bounds__(kIgemmThreads, kIgemmBlocks<Math, Tile, kPatches>)
     conv2d_igemm_sm80_kernel(const IgemmParams t) {
   using T = IgemmElement<Math>;
   SharedCarver carver(shared_memory());
@@ -358,8 +363,10 @@ __global__ void __launch_bounds__(kIgemmThreads)
 template <class Math, class Tile>
 void launch_igemm_tile(const IgemmLaunch& launch, const IgemmParams& t) {
   const int64_t bytes = igemm_shared_bytes<Tile>();
-  const auto kernel = launch.patches ? &conv2d_igemm_sm80_kernel<Math, Tile, true>
-                                     : &conv2d_igemm_sm80_kernel<Math, Tile, false>;
+  auto kernel = &conv2d_igemm_sm80_kernel<Math, Tile, false>;
+  if constexpr (Tile::kPatches) {
+    if (launch.patches) kernel = &conv2d_igemm_sm80_kernel<Math, Tile, true>;
+  }
   launch_kernel(
       {launch.name, std::min(t.tiles * t.splits, kMaxBlocks), kIgemmThreads, launch.stream, bytes},
       kernel, t);
