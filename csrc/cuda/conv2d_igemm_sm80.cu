@@ -134,7 +134,13 @@ std::string supports(const IgemmRow& row, const Conv2dProblem& p, const Device& 
   if (bytes > device.shared_memory_per_block) {
     return std::to_string(bytes) + " bytes of shared memory";
   }
-  return refuse_conv_beyond_int(p, row.size);
+  constexpr int64_t kPadded = kIgemmUnits * kPackBytes;
+  const std::string why = refuse_conv_beyond_int(p, std::max<int64_t>(row.size, kPadded));
+  if (!why.empty()) return why;
+  return refuse_beyond_int(
+      {{"image elements", (p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) * (p.C + p.G * kPadded)},
+       {"gradient elements", p.P() * p.Q() * (p.K + p.G * kPadded)},
+       {"filter elements", p.R * p.S * (p.C / p.G + kPadded) * (p.K + row.size)}});
 }
 
 // Multiplications and additions an SM's tensor cores do in a cycle by mma.sync: on sm_90 it reaches
@@ -175,21 +181,22 @@ IgemmParams params_of(const IgemmRow& row, const Conv2dProblem& p, const Conv2dA
   // A group's first channel begins a pack, too.
   t.target.vector = t.target.vector && cut.outs % (kPackBytes / size_of(p.dtype)) == 0;
   t.split_sums = static_cast<float*>(workspace.split_sums);
-  t.src = backward ? conv.res : conv.in;
   t.dst = backward ? conv.in : conv.res;
-  t.flt_red = backward ? conv.flt.n : conv.flt.c;
-  t.flt_out = backward ? conv.flt.c : conv.flt.n;
-  t.flt_h = conv.flt.h;
-  t.flt_w = conv.flt.w;
+  Strides4 src = backward ? conv.res : conv.in, flt = conv.flt;
   if (!cut.patches) {
-    t.src = dense_strides(Layout::kNHWC, p.G * cut.red, backward ? conv.P : conv.H,
-                          backward ? conv.Q : conv.W);
-    const Strides4 flt = dense_strides(Layout::kNHWC, cut.red, p.R, p.S);
-    t.flt_red = 1;
-    t.flt_out = flt.n;
-    t.flt_h = flt.h;
-    t.flt_w = flt.w;
+    src = dense_strides(Layout::kNHWC, p.G * cut.red, backward ? conv.P : conv.H,
+                        backward ? conv.Q : conv.W);
+    flt = dense_strides(Layout::kNHWC, cut.red, p.R, p.S);
   }
+  const bool swapped = backward && cut.patches;  // a copy has the summed channels innermost
+  t.src_n = src.n;
+  t.src_c = to_int(src.c);
+  t.src_h = to_int(src.h);
+  t.src_w = to_int(src.w);
+  t.flt_red = to_int(swapped ? flt.n : flt.c);
+  t.flt_out = to_int(swapped ? flt.c : flt.n);
+  t.flt_h = to_int(flt.h);
+  t.flt_w = to_int(flt.w);
   t.h = axis_of(backward, conv.H, conv.P, conv.R, conv.stride_h, conv.pad_h, conv.dil_h);
   t.w = axis_of(backward, conv.W, conv.Q, conv.S, conv.stride_w, conv.pad_w, conv.dil_w);
   t.flt_step_h = t.h.tap_step * t.flt_h;

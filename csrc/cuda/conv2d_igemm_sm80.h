@@ -68,9 +68,12 @@ __device__ inline int igemm_offset(int row, int unit) {
 }
 static_assert(kIgemmRowBytes == 64 && kIgemmUnits == 4, "two rows are the banks' 128 bytes");
 
-// Shared addresses, in stage 0, of the row that the lane names to ldmatrix: rows 0 to 15 of the
-// first 16 bytes, then of the second. Further rows are whole multiples of 16 away, which the
-// swizzle does not see; the second mma step's units are the first's XOR 2.
+// Shared addresses, in stage 0, of the row that the lane names to ldmatrix for the first 16 rows.
+// Of A: rows 0 to 15 of the first 16 bytes, then of the second, as mma takes A. Of B: rows 0 to 7
+// of the first and of the second, then rows 8 to 15, so that the two registers of eight columns are
+// neighbours: mma asks for that, and would cost two moves otherwise. Further rows are whole
+// multiples of 16 away, which the swizzle does not see; the second step's units are the first's XOR
+// 2.
 struct IgemmLane {
   uint32_t a, b;
 };
@@ -79,9 +82,10 @@ constexpr uint32_t kIgemmSecondStep = 2 * kPackBytes;
 template <class Tile>
 __device__ inline IgemmLane igemm_lane(uint32_t memory) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int row = lane % 16, unit = lane / 16;
-  return {memory + igemm_offset(warp / 2 * Tile::kWarpM + row, unit),
-          memory + Tile::kM * kIgemmRowBytes + igemm_offset(warp % 2 * Tile::kWarpN + row, unit)};
+  const int row_a = warp / 2 * Tile::kWarpM + lane % 16;
+  const int row_b = warp % 2 * Tile::kWarpN + lane / 16 * 8 + lane % 8;
+  return {memory + igemm_offset(row_a, lane / 16),
+          memory + Tile::kM * kIgemmRowBytes + igemm_offset(row_b, lane / 8 % 2)};
 }
 
 // Fragments of one mma step as Math wants them: rounded, or split into two parts.
@@ -114,9 +118,9 @@ struct IgemmFragment {
 template <class Math>
 __device__ inline void igemm_multiply(float (&sum)[4], const IgemmFragment<Math>& a,
                                       const IgemmFragment<Math>& b, int half) {
-  const uint32_t columns[2] = {b.x[half], b.x[2 + half]};
+  const uint32_t columns[2] = {b.x[2 * half], b.x[2 * half + 1]};
   if constexpr (std::is_same_v<Math, Tf32x3>) {
-    const uint32_t rest[2] = {b.rest[half], b.rest[2 + half]};
+    const uint32_t rest[2] = {b.rest[2 * half], b.rest[2 * half + 1]};
     float part[4] = {};
     ptx::mma_m16n8k8_tf32(part, a.rest, columns, part);
     ptx::mma_m16n8k8_tf32(part, a.x, rest, part);

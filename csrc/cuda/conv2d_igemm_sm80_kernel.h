@@ -19,9 +19,12 @@ struct IgemmParams {
   const void *source, *filter;
   StageTarget target;
   float* split_sums;  // null: no split; else [splits][tiles][kM * kN], as threads hold them
-  Strides4 src, dst;
-  // Filter strides: channels summed over and written, taps; and from a phase's tap to its next.
-  int64_t flt_red, flt_out, flt_h, flt_w, flt_step_h, flt_step_w;
+  Strides4 dst;
+  int64_t src_n;
+  // One image and the filter have fewer than 2^31 elements: this row's restriction, for the main
+  // loop's sake. Filter strides: channels summed over and written, taps, a phase's next tap.
+  int src_c, src_h, src_w;
+  int flt_red, flt_out, flt_h, flt_w, flt_step_h, flt_step_w;
   int64_t N, pixel_tiles, tiles;
   GatherAxis h, w;
   int G, red, outs;    // channels summed over, those of padding included, and written; a group
@@ -75,9 +78,9 @@ __device__ inline IgemmSteps igemm_steps(const IgemmParams& t, int all, int spli
 
 // Where in the source the windows of a thread's rows begin, `rows` pixels apart. A row beyond the
 // last begins behind the edge that its taps lead away from.
-template <int kLoads>
+template <class T, int kLoads>
 struct IgemmRowsAt {
-  int64_t offset[kLoads];  // of the group's first channel
+  const T* from[kLoads];  // the group's first channel; may lie outside the tensor
   int y[kLoads], x[kLoads];
 
   template <class Tile>
@@ -89,7 +92,8 @@ struct IgemmRowsAt {
       const Pixel j = pixel_at(exists ? index : 0, tile.h.positions, tile.w.positions);
       y[i] = exists ? j.row * t.h.jump + tile.h.start : t.backward ? -1 : t.h.source;
       x[i] = j.col * t.w.jump + tile.w.start;
-      offset[i] = j.n * t.src.n + y[i] * t.src.h + x[i] * t.src.w + tile.group * (t.red * t.src.c);
+      from[i] = static_cast<const T*>(t.source) + j.n * t.src_n + int64_t{y[i]} * t.src_h +
+                int64_t{x[i]} * t.src_w + int64_t{tile.group} * (t.red * t.src_c);
     }
   }
   __device__ bool inside(const IgemmParams& t, int i, int dy, int dx) const {
@@ -97,16 +101,42 @@ struct IgemmRowsAt {
   }
 };
 
-// Copies a thread's unit of every row of both operands, step by step.
+// What a thread loads of both operands: one unit of every kIgemmRows-th row, step by step.
 template <class T, class Tile>
-struct IgemmCopies {
+struct IgemmLoads {
   static constexpr int kUnit = kPackSize<T>;
+  static constexpr int kStep = kIgemmUnits * kUnit;
   const IgemmParams& t;
   const AxisPhase &rows, &cols;
   const int unit, row;
-  const IgemmRowsAt<Tile::kLoadsA> at;
-  const T *source, *filter;
-  const int filters;  // that exist from the thread's first row on
+  const IgemmRowsAt<T, Tile::kLoadsA> at;
+  const T* filter;    // the thread's first row
+  const int filters;  // that exist from there on
+
+  __device__ IgemmLoads(const IgemmParams& t, const IgemmTileAt<Tile>& tile, int group_offset)
+      : t(t),
+        rows(tile.h),
+        cols(tile.w),
+        unit(static_cast<int>(threadIdx.x) % kIgemmUnits),
+        row(static_cast<int>(threadIdx.x) / kIgemmUnits),
+        at(t, tile, row),
+        filter(static_cast<const T*>(t.filter) + tile.group * group_offset +
+               int64_t{tile.first_out + row} * t.flt_out + tile.h.first_tap * t.flt_h +
+               tile.w.first_tap * t.flt_w),
+        filters(t.outs - tile.first_out - row) {}
+
+  // From the image's first channel to a tap's, from a filter's likewise.
+  __device__ int source_tap(int dy, int dx) const { return dy * t.src_h + dx * t.src_w; }
+  __device__ int filter_tap(int h, int w) const { return h * t.flt_step_h + w * t.flt_step_w; }
+};
+static_assert(kIgemmRows % 8 == 0, "rows a thread loads differ by whole turns of the swizzle");
+
+// By copies. What does not exist is a copy of no bytes, whose address is not looked at.
+template <class T, class Tile>
+struct IgemmCopies : IgemmLoads<T, Tile> {
+  using Base = IgemmLoads<T, Tile>;
+  using Base::kUnit, Base::t, Base::rows, Base::cols, Base::unit, Base::row, Base::at;
+  const int taps_a_step, chunk;
   int h = 0, w = 0, channel;
 
   static __device__ int steps(const IgemmParams& t, const IgemmTileAt<Tile>& tile) {
@@ -115,23 +145,15 @@ struct IgemmCopies {
   }
 
   __device__ IgemmCopies(const IgemmParams& t, const IgemmTileAt<Tile>& tile, int first_step)
-      : t(t),
-        rows(tile.h),
-        cols(tile.w),
-        unit(static_cast<int>(threadIdx.x) % kIgemmUnits),
-        row(static_cast<int>(threadIdx.x) / kIgemmUnits),
-        at(t, tile, row),
-        source(static_cast<const T*>(t.source)),
-        filter(static_cast<const T*>(t.filter) +
-               (tile.group * int64_t{t.outs} + tile.first_out + row) * t.flt_out +
-               tile.h.first_tap * t.flt_h + tile.w.first_tap * t.flt_w),
-        filters(t.outs - tile.first_out - row) {
+      : Base(t, tile, t.outs * t.flt_out),
+        taps_a_step(kIgemmUnits >> t.tap_units_log2),
+        chunk(kUnit << t.tap_units_log2) {
     // Only a tap that fills the step has more chunks than one.
-    const int log2 = t.tap_units_log2, taps = tile.taps();
-    channel = (unit & ((1 << log2) - 1)) * kUnit;
+    const int taps = tile.taps();
+    channel = (unit & ((1 << t.tap_units_log2) - 1)) * kUnit;
     if (taps == 0) return;
-    const int tap = first_step * (kIgemmUnits >> log2) + (unit >> log2);
-    channel += tap / taps * (kUnit << log2);
+    const int tap = first_step * taps_a_step + (unit >> t.tap_units_log2);
+    channel += tap / taps * chunk;
     h = tap % taps / cols.taps;
     w = tap % taps % cols.taps;
   }
@@ -140,52 +162,51 @@ struct IgemmCopies {
     const uint32_t to = stage + igemm_offset(row, unit);
     const int dy = h * t.h.move, dx = w * t.w.move;
     const bool exists = channel < t.red;
-    const int64_t tap = dy * t.src.h + dx * t.src.w + channel;
+    const int source_at = this->source_tap(dy, dx) + channel;
 #pragma unroll
     for (int i = 0; i < Tile::kLoadsA; ++i) {
       const bool inside = exists && at.inside(t, i, dy, dx);
-      ptx::cp_async_cached_16(to + i * kIgemmRows * kIgemmRowBytes,
-                              source + (inside ? at.offset[i] + tap : 0), inside ? 16 : 0);
+      ptx::cp_async_cached_16(to + i * kIgemmRows * kIgemmRowBytes, at.from[i] + source_at,
+                              inside ? 16 : 0);
     }
-    const T* from = filter + (h * t.flt_step_h + w * t.flt_step_w + channel);
+    const T* filter = this->filter + (this->filter_tap(h, w) + channel);
 #pragma unroll
     for (int i = 0; i < Tile::kLoadsB; ++i) {
-      const bool inside = exists && i * kIgemmRows < filters;
       ptx::cp_async<16>(to + (Tile::kM + i * kIgemmRows) * kIgemmRowBytes,
-                        inside ? from + i * kIgemmRows * t.flt_out : filter_start(),
-                        inside ? 16 : 0);
+                        filter + int64_t{i * kIgemmRows} * t.flt_out,
+                        exists && i * kIgemmRows < this->filters ? 16 : 0);
     }
     advance();
   }
 
  private:
-  __device__ const T* filter_start() const { return static_cast<const T*>(t.filter); }
   __device__ void advance() {
-    w += kIgemmUnits >> t.tap_units_log2;
-    while (w >= cols.taps) {
-      w -= cols.taps;
-      ++h;
+    w += taps_a_step;
+    if (taps_a_step == 1) {
+      if (w == cols.taps) {
+        w = 0;
+        ++h;
+      }
+    } else {
+      while (w >= cols.taps) {
+        w -= cols.taps;
+        ++h;
+      }
     }
     // Where a step holds several taps, starting over leads beyond the last channel.
     if (h >= rows.taps) {
-      h -= rows.taps;
-      channel += kUnit << t.tap_units_log2;
+      h = 0;
+      channel += chunk;
     }
   }
 };
-static_assert(kIgemmRows % 8 == 0, "rows a thread loads differ by whole turns of the swizzle");
 
-// The same for patches, by registers.
+// By patches, through registers.
 template <class T, class Tile>
-struct IgemmPatches {
-  static constexpr int kUnit = kPackSize<T>;
-  static constexpr int kStep = kIgemmUnits * kUnit;
-  const IgemmParams& t;
-  const AxisPhase &rows, &cols;
-  const int unit, row;
-  const IgemmRowsAt<Tile::kLoadsA> at;
-  const T *source, *filter;
-  const int filters, depth;
+struct IgemmPatches : IgemmLoads<T, Tile> {
+  using Base = IgemmLoads<T, Tile>;
+  using Base::kUnit, Base::kStep, Base::t, Base::cols, Base::unit, Base::row, Base::at;
+  const int depth;
   int next;  // of the depth, the unit's first
 
   static __device__ int steps(const IgemmParams& t, const IgemmTileAt<Tile>& tile) {
@@ -193,40 +214,31 @@ struct IgemmPatches {
   }
 
   __device__ IgemmPatches(const IgemmParams& t, const IgemmTileAt<Tile>& tile, int first_step)
-      : t(t),
-        rows(tile.h),
-        cols(tile.w),
-        unit(static_cast<int>(threadIdx.x) % kIgemmUnits),
-        row(static_cast<int>(threadIdx.x) / kIgemmUnits),
-        at(t, tile, row),
-        source(static_cast<const T*>(t.source)),
-        filter(static_cast<const T*>(t.filter) +
-               tile.group * (t.backward ? t.red * t.flt_red : t.outs * t.flt_out) +
-               (tile.first_out + row) * t.flt_out + tile.h.first_tap * t.flt_h +
-               tile.w.first_tap * t.flt_w),
-        filters(t.outs - tile.first_out - row),
+      : Base(t, tile, t.backward ? t.red * t.flt_red : t.outs * t.flt_out),
         depth(tile.taps() * t.red),
         next(first_step * kStep + unit * kUnit) {}
 
   __device__ void operator()(unsigned char* stage) {
     Pack<T, kUnit> left[Tile::kLoadsA], right[Tile::kLoadsB];
     const int tap = next / t.red;
-    int h = tap / max(cols.taps, 1), w = tap - h * cols.taps, channel = next - tap * t.red;
+    int h = tap / cols.taps, w = tap - h * cols.taps, channel = next - tap * t.red;
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
       const bool exists = next + e < depth;
       const int dy = h * t.h.move, dx = w * t.w.move;
-      const int64_t from = dy * t.src.h + dx * t.src.w + channel * t.src.c;
+      const int source_at = this->source_tap(dy, dx) + channel * t.src_c;
 #pragma unroll
       for (int i = 0; i < Tile::kLoadsA; ++i) {
         left[i].at[e] = T(0.f);
-        if (exists && at.inside(t, i, dy, dx)) left[i].at[e] = source[at.offset[i] + from];
+        if (exists && at.inside(t, i, dy, dx)) left[i].at[e] = at.from[i][source_at];
       }
-      const T* weight = filter + (h * t.flt_step_h + w * t.flt_step_w + channel * t.flt_red);
+      const T* filter = this->filter + (this->filter_tap(h, w) + channel * t.flt_red);
 #pragma unroll
       for (int i = 0; i < Tile::kLoadsB; ++i) {
         right[i].at[e] = T(0.f);
-        if (exists && i * kIgemmRows < filters) right[i].at[e] = weight[i * kIgemmRows * t.flt_out];
+        if (exists && i * kIgemmRows < this->filters) {
+          right[i].at[e] = filter[int64_t{i * kIgemmRows} * t.flt_out];
+        }
       }
       if (++channel == t.red) {
         channel = 0;
@@ -291,16 +303,40 @@ __device__ inline void igemm_finish(const IgemmParams& t, const IgemmTileAt<Tile
   __syncthreads();  // before the next tile's
 }
 
-// A thread's sums of one split, four at a time, neighbouring threads side by side.
-template <class Tile, class F>
-__device__ inline void igemm_each_four(const IgemmParams& t, int64_t tile, int split, F&& f) {
-  float* at = t.split_sums + (split * t.tiles + tile) * (Tile::kM * Tile::kN) + threadIdx.x * 4;
+// Where a thread's sums of one split lie, four at a time, neighbouring threads side by side.
+template <class Tile>
+struct IgemmSplitSums {
+  float4* at;
+
+  __device__ IgemmSplitSums(const IgemmParams& t, int64_t tile, int split)
+      : at(reinterpret_cast<float4*>(t.split_sums +
+                                     (split * t.tiles + tile) * (Tile::kM * Tile::kN)) +
+           threadIdx.x) {}
+  __device__ float4& four(int i, int j) const { return at[(i * Tile::kJ + j) * kIgemmThreads]; }
+
+  __device__ void store(const typename Tile::Sums& sum) const {
 #pragma unroll
-  for (int i = 0; i < Tile::kI; ++i) {
+    for (int i = 0; i < Tile::kI; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::kJ; ++j) f(at + (i * Tile::kJ + j) * (kIgemmThreads * 4), i, j);
+      for (int j = 0; j < Tile::kJ; ++j) {
+        four(i, j) = make_float4(sum[i][j][0], sum[i][j][1], sum[i][j][2], sum[i][j][3]);
+      }
+    }
   }
-}
+  __device__ void add_to(typename Tile::Sums& sum) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::kJ; ++j) {
+        const float4 more = four(i, j);
+        sum[i][j][0] += more.x;
+        sum[i][j][1] += more.y;
+        sum[i][j][2] += more.z;
+        sum[i][j][3] += more.w;
+      }
+    }
+  }
+};
 
 // The small tile's 128 registers are too few for patches and for both parts of the operands.
 template <class Math, class Tile, bool kPatches>
@@ -331,9 +367,7 @@ __global__ void __launch_bounds__(kIgemmThreads, kIgemmBlocks<Math, Tile, kPatch
     if (t.split_sums == nullptr) {
       igemm_finish<T>(t, tile, shared, sum);
     } else {
-      igemm_each_four<Tile>(t, index, split, [&](float* to, int i, int j) {
-        store_pack(to, Pack<float, 4>{{sum[i][j][0], sum[i][j][1], sum[i][j][2], sum[i][j][3]}});
-      });
+      IgemmSplitSums<Tile>(t, index, split).store(sum);
     }
   }
 }
@@ -350,11 +384,7 @@ __global__ void __launch_bounds__(kIgemmThreads)
     typename Tile::Sums sum = {};
 #pragma unroll 1
     for (int split = 0; split < t.splits; ++split) {
-      igemm_each_four<Tile>(t, index, split, [&](const float* from, int i, int j) {
-        const auto four = load_pack<float, 4>(from);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[i][j][e] += four.at[e];
-      });
+      IgemmSplitSums<Tile>(t, index, split).add_to(sum);
     }
     igemm_finish<T>(t, tile, shared, sum);
   }
