@@ -1,34 +1,18 @@
 // fprop and dgrad as one implicit matrix product: pixels by channels written, summed over taps and
-// channels read. Along one axis both read, for tap i of an output position, the source position
-//   j * jump + start + i * move
-// fprop: j is the output position, jump the stride, start -pad, move the dilation.
-// dgrad: with stride s and g = gcd(s, dil), only every (s / g)-th tap meets an input position x,
-// the
-//   first being the least r0 with (x + pad - r0 * dil) % s == 0. Positions of the same remainder
-//   x % s, a phase, share their taps; a tile holds one phase, x = phase + j * s, and wastes
-//   nothing: jump is 1, start (phase + pad - r0 * dil) / s, move -dil / g.
+// channels read; conv2d_gather.h says which. A tile holds one phase of dgrad and wastes nothing.
 //
 // A step is 16 (or 8) deep: four (or two) quads of channels of one tap, or where a tap has fewer
 // quads, of several taps. A tap's channels are padded to whole quads with zeros. Taps are walked
 // inside a chunk of channels: all of a tap's neighbours then find their lines in L1.
-#include <numeric>
 #include <string>
 
-#include "cuda/conv2d.h"
+#include "cuda/conv2d_gather.h"
 #include "cuda/conv2d_gemm.h"
 #include "cuda/table.h"
 
 namespace fastconv {
 namespace cuda {
 namespace {
-
-struct GatherAxis {
-  int source, target;  // positions read from and written to
-  int phases;          // 1 in fprop; in dgrad the stride, but no more than there are positions
-  int jump, move;
-  int stride, pad, dil, taps;
-  int tap_step;  // from one tap of a phase to its next
-};
 
 struct GatherParams {
   const void *source, *filter;
@@ -47,23 +31,6 @@ struct GatherParams {
   bool source_lanes_along_red, filter_lanes_along_red;  // what neighbouring threads load
   bool lanes_along_pixels;                              // likewise what they store
 };
-
-struct AxisPhase {
-  int start, first_tap, taps, positions;
-};
-
-__device__ inline AxisPhase axis_phase(const GatherAxis& a, int phase, bool backward) {
-  if (!backward) return {-a.pad, 0, a.taps, a.target};
-  const int positions = (a.target - 1 - phase) / a.phases + 1;
-  const int reach = min(a.tap_step, a.taps);
-  for (int r = 0; r < reach; ++r) {
-    const int from = phase + a.pad - r * a.dil;
-    if (from % a.stride == 0) {
-      return {from / a.stride, r, (a.taps - 1 - r) / a.tap_step + 1, positions};
-    }
-  }
-  return {0, 0, 0, positions};
-}
 
 // The taps and channels that one quad of a step runs through. kOneTap: channels alone. After its
 // last tap a quad starts over, `chunk` channels on. Only a tap that fills the step has more chunks
@@ -213,19 +180,6 @@ __global__ void __launch_bounds__(kGemmThreads) conv2d_tiled_kernel(const Gather
     });
     __syncthreads();  // before `offsets` is written again
   }
-}
-
-GatherAxis axis_of(bool backward, int size, int out, int taps, int stride, int pad, int dil) {
-  if (!backward) return {size, out, 1, stride, dil, stride, pad, dil, taps, 1};
-  const int common = std::gcd(stride, dil);
-  return {out, size, std::min(stride, size), 1, -dil / common, stride, pad,
-          dil, taps, stride / common};
-}
-
-int ceil_log2(int64_t x) {
-  int log2 = 0;
-  while ((int64_t{1} << log2) < x) ++log2;
-  return log2;
 }
 
 // How a problem is cut into tiles, for the launch and for the estimate.

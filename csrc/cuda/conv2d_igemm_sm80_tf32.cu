@@ -1,0 +1,9 @@
+#include "cuda/conv2d_igemm_sm80_kernel.h"
+
+namespace fastconv {
+namespace cuda {
+
+template void launch_igemm<ptx::Tf32>(const IgemmLaunch&, const IgemmParams&);
+
+}  // namespace cuda
+}  // namespace fastconv
