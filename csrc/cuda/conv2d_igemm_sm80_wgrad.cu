@@ -44,10 +44,10 @@ struct TileAt {
   int group, first_k, first_column, split, pixels;
   int64_t begin;  // the first pixel
 
-  __device__ TileAt(const WgradParams& t, int block, int size) {
-    first_column = block % t.column_tiles * size;
+  __device__ TileAt(const WgradParams& t, int block, int rows, int cols) {
+    first_column = block % t.column_tiles * cols;
     block /= t.column_tiles;
-    first_k = block % t.k_tiles * size;
+    first_k = block % t.k_tiles * rows;
     block /= t.k_tiles;
     group = block % t.conv.G;
     split = block / t.conv.G;
@@ -105,126 +105,136 @@ struct Window {
       offset += t.step.next_image;
     }
   }
-  __device__ bool holds(const Reach& reach, const ConvParams& conv) const {
-    return within(h + reach.h, conv.H) && within(w + reach.w, conv.W);
+  __device__ bool holds(int tap_h, int tap_w, const ConvParams& conv) const {
+    return within(h + tap_h, conv.H) && within(w + tap_w, conv.W);
   }
 };
 
-// Both tiles of a stage by cp.async: a thread has one unit of a row of each, and every kRows-th row
-// from its first on.
+// Loaders: each brings one operand's share of a stage, and the next call the next stage's.
+// By cp.async a thread has one unit of a row, and every kRows-th row from its first on.
 template <class Tile>
-struct UnitLoader {
-  using T = typename Tile::T;
-  static constexpr int kRows = Tile::kThreads / Tile::kUnits;  // threads reach at a time
-  static_assert(Tile::kDepth % kRows == 0 && kRows % 8 == 0, "and the swizzle is the same in each");
-
-  const WgradParams& t;
-  int row, to, left;  // left: pixels from this thread's on
-  bool filters;       // whether the unit's exist
-
-  const T* grad;
-  __device__ UnitLoader(const WgradParams& params, const TileAt& at) : t(params) {
-    const int unit = static_cast<int>(threadIdx.x) % Tile::kUnits;
-    row = static_cast<int>(threadIdx.x) / Tile::kUnits;
-    to = Tile::offset_of(row, unit);
-    left = at.pixels - row;
+class GradUnits {
+ public:
+  __device__ GradUnits(const WgradParams& t, const TileAt& at) : step_(kRows * t.conv.res.w) {
+    const int unit = static_cast<int>(threadIdx.x) % Side::kUnits;
+    const int row = static_cast<int>(threadIdx.x) / Side::kUnits;
     const int k = at.first_k + unit * Tile::kPack;
-    filters = k < t.conv.k_per_group;
-    grad = static_cast<const T*>(t.conv.grad) + at.group * t.res_group +
-           (at.begin + row) * t.conv.res.w + k;
+    to_ = Side::offset_of(row, unit);
+    left_ = k < t.conv.k_per_group ? at.pixels - row : 0;
+    from_ = static_cast<const T*>(t.conv.grad) + at.group * t.res_group +
+            (at.begin + row) * t.conv.res.w + k;
   }
-  __device__ void load_grad(const Tile& tile, int stage) {
-    const T* from = grad;
+  __device__ void load(unsigned char* tile) {
 #pragma unroll
-    for (int pass = 0; pass < Tile::kDepth; pass += kRows) {
-      ptx::cp_async<16>(ptx::shared_address(tile.grad(stage) + to + pass * Tile::kRowBytes), from,
-                        filters && left > pass ? 16 : 0);
-      from += kRows * t.conv.res.w;
+    for (int row = 0; row < Tile::kDepth; row += kRows) {
+      ptx::cp_async<16>(ptx::shared_address(tile + to_ + row * Side::kRowBytes), from_,
+                        left_ > row ? kPackBytes : 0);
+      from_ += step_;
     }
+    left_ -= Tile::kDepth;
   }
-  __device__ void next() {
-    grad += Tile::kDepth * t.conv.res.w;
-    left -= Tile::kDepth;
-  }
+
+ private:
+  using T = typename Tile::T;
+  using Side = typename Tile::Grad;
+  static constexpr int kRows = Side::kRows;
+
+  int to_, left_;  // left_: pixels from this thread's row on; none where the filters do not exist
+  const T* from_;
+  int64_t step_;
 };
 
 template <class Tile>
-struct ColumnUnits {
+class ColumnUnits {
   using T = typename Tile::T;
-  static constexpr int kRows = UnitLoader<Tile>::kRows;
-  static constexpr int kStep = kRows;  // pixels a WalkStep
+  using Side = typename Tile::Columns;
+  static constexpr int kRows = Side::kRows;
 
-  const WgradParams& t;
-  const Reach reach;
-  const T* input;
-  Window window;
+ public:
+  static constexpr int kPixels = kRows;  // a WalkStep
+  static constexpr int kReaches = 0;     // in shared memory
 
-  __device__ ColumnUnits(const WgradParams& params, const TileAt& at, Reach*)
-      : t(params),
-        reach(t, at.first_column + static_cast<int>(threadIdx.x) % Tile::kUnits * Tile::kPack),
-        input(static_cast<const T*>(t.conv.input) + at.group * t.in_group + reach.offset),
-        window(t, at.begin + static_cast<int>(threadIdx.x) / Tile::kUnits) {}
-
-  __device__ void load(const Tile& tile, int stage, int to, int left) {
-#pragma unroll
-    for (int pass = 0; pass < Tile::kDepth; pass += kRows) {
-      const bool inside = left > pass && window.holds(reach, t.conv);
-      ptx::cp_async<16>(ptx::shared_address(tile.columns(stage) + to + pass * Tile::kRowBytes),
-                        input + window.offset, inside ? 16 : 0);
-      window.advance(t);
-    }
+  __device__ ColumnUnits(const WgradParams& t, const TileAt& at, Reach*)
+      : t_(t), window_(t, at.begin + static_cast<int>(threadIdx.x) / Side::kUnits) {
+    const int unit = static_cast<int>(threadIdx.x) % Side::kUnits;
+    const int row = static_cast<int>(threadIdx.x) / Side::kUnits;
+    const Reach reach(t, at.first_column + unit * Tile::kPack);
+    h_ = reach.h;
+    w_ = reach.w;
+    to_ = Side::offset_of(row, unit);
+    left_ = at.pixels - row;
+    input_ = static_cast<const T*>(t.conv.input) + at.group * t.in_group + reach.offset;
   }
-  __device__ void store(const Tile&, int) {}
+  __device__ void load(unsigned char* tile) {
+#pragma unroll
+    for (int row = 0; row < Tile::kDepth; row += kRows) {
+      const bool inside = left_ > row && window_.holds(h_, w_, t_.conv);
+      ptx::cp_async<16>(ptx::shared_address(tile + to_ + row * Side::kRowBytes),
+                        input_ + window_.offset, inside ? kPackBytes : 0);
+      window_.advance(t_);
+    }
+    left_ -= Tile::kDepth;
+  }
+  __device__ void store(unsigned char*) {}
+
+ private:
+  const WgradParams& t_;
+  Window window_;
+  int h_, w_, to_, left_;
+  const T* input_;
 };
 
-// The columns' tile value by value: a thread has one pixel of a stage and kPacks units of it, which
-// wait in registers while the tensor cores work.
+// Value by value: a thread has one pixel of a stage and kPacks units of it, which wait in registers
+// between load() and store(), while the tensor cores work.
 template <class Tile>
-struct ColumnPatches {
+class ColumnPatches {
   using T = typename Tile::T;
-  static constexpr int kStep = Tile::kDepth;
-  static constexpr int kPacks = Tile::kDepth * Tile::kUnits / Tile::kThreads;
-  static_assert(kPacks * Tile::kThreads == Tile::kDepth * Tile::kUnits, "whole units a thread");
+  using Side = typename Tile::Columns;
+  static constexpr int kPacks = Tile::kDepth * Side::kUnits / Tile::kThreads;
+  static_assert(kPacks * Tile::kThreads == Tile::kDepth * Side::kUnits, "whole units a thread");
 
-  const WgradParams& t;
-  const Reach* reaches;
-  int row, first;  // the pixel and the first column
-  int left;
-  Window window;
-  Pack<T, Tile::kPack> packs[kPacks];
+ public:
+  static constexpr int kPixels = Tile::kDepth;
+  static constexpr int kReaches = Tile::kN;
 
-  __device__ ColumnPatches(const WgradParams& params, const TileAt& at, Reach* table)
-      : t(params),
-        reaches(table),
-        row(static_cast<int>(threadIdx.x) % Tile::kDepth),
-        first(static_cast<int>(threadIdx.x) / Tile::kDepth * kPacks * Tile::kPack),
-        left(at.pixels - row),
-        window(t, at.begin + row) {
-    if (threadIdx.x < Tile::kSize) {
-      const int column = static_cast<int>(threadIdx.x);
-      table[column] = Reach(t, at.first_column + column);
+  __device__ ColumnPatches(const WgradParams& t, const TileAt& at, Reach* reaches)
+      : t_(t),
+        reaches_(reaches),
+        row_(static_cast<int>(threadIdx.x) % Tile::kDepth),
+        first_(static_cast<int>(threadIdx.x) / Tile::kDepth * kPacks * Tile::kPack),
+        left_(at.pixels - row_),
+        window_(t, at.begin + row_) {
+    for (int i = static_cast<int>(threadIdx.x); i < Tile::kN; i += Tile::kThreads) {
+      reaches[i] = Reach(t, at.first_column + i);
     }
     __syncthreads();
   }
-  __device__ void load(const Tile&, int, int, int) {
-    const T* input = static_cast<const T*>(t.conv.input) + window.offset;
+  __device__ void load(unsigned char*) {
+    const T* input = static_cast<const T*>(t_.conv.input) + window_.offset;
 #pragma unroll
     for (int e = 0; e < kPacks * Tile::kPack; ++e) {
-      const Reach reach = reaches[first + e];
+      const Reach reach = reaches_[first_ + e];
       T value = narrow<T>(0);
-      if (left > 0 && window.holds(reach, t.conv)) value = input[reach.offset];
-      packs[e / Tile::kPack].at[e % Tile::kPack] = value;
+      if (left_ > 0 && window_.holds(reach.h, reach.w, t_.conv)) value = input[reach.offset];
+      packs_[e / Tile::kPack].at[e % Tile::kPack] = value;
     }
-    window.advance(t);
-    left -= Tile::kDepth;
+    window_.advance(t_);
+    left_ -= Tile::kDepth;
   }
-  __device__ void store(const Tile& tile, int stage) {
+  __device__ void store(unsigned char* tile) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const int at = Tile::offset_of(row, first / Tile::kPack + i);
-      store_pack(reinterpret_cast<T*>(tile.columns(stage) + at), packs[i]);
+      const int to = Side::offset_of(row_, first_ / Tile::kPack + i);
+      store_pack(reinterpret_cast<T*>(tile + to), packs_[i]);
     }
   }
+
+ private:
+  const WgradParams& t_;
+  const Reach* reaches_;
+  int row_, first_, left_;
+  Window window_;
+  Pack<T, Tile::kPack> packs_[kPacks];
 };
 
 template <class Tile>
@@ -242,82 +252,111 @@ __device__ inline void fold(typename Tile::Sums& total, typename Tile::Sums& sum
   }
 }
 
+template <class Tile>
+__device__ inline const typename Tile::Sums& choose_sums(const typename Tile::Sums& sum,
+                                                         const typename Tile::Sums& total) {
+  if constexpr (Tile::kFold > 0) return total;
+  return sum;
+}
+
+// Offsets of the tile's columns in a filter, for results that are stored at once; -1: no such
+// column.
+template <class Tile>
+__device__ inline void find_offsets(const WgradParams& t, const TileAt& at, int64_t* offsets) {
+  for (int i = static_cast<int>(threadIdx.x); i < Tile::kN; i += Tile::kThreads) {
+    const Tap tap = tap_at(t, at.first_column + i);
+    const bool exists = at.first_column + i < t.columns && tap.c < t.conv.c_per_group;
+    offsets[i] = exists ? tap.c * t.conv.flt.c + tap.r * t.conv.flt.h + tap.s * t.conv.flt.w : -1;
+  }
+}
+
 // A thread's results: into the split's partial sums, or rounded into the filter.
 template <class Tile>
 __device__ inline void store_results(const WgradParams& t, const TileAt& at, const WgradWarp& warp,
-                                     const typename Tile::Sums& sum) {
+                                     const int64_t* offsets, const typename Tile::Sums& sum) {
   using T = typename Tile::T;
-  const ConvParams& conv = t.conv;
+  const int filters = t.conv.G * t.conv.k_per_group;
+  const int first_k = at.group * t.conv.k_per_group + at.first_k;
+  const int rows = t.conv.k_per_group - at.first_k, cols = t.pitch - at.first_column;
+  float* partials =
+      t.partials + (int64_t{at.split} * filters + first_k) * t.pitch + at.first_column;
+  T* out = static_cast<T*>(t.conv.out) + first_k * t.conv.flt.n;
   for_each_neighbours<Tile>(sum, warp, [&](int row, int col, const auto& neighbours) {
     constexpr int kCount = sizeof(neighbours) / sizeof(float);
-    const int k = at.first_k + row, column = at.first_column + col;
-    if (k >= conv.k_per_group || column >= t.pitch) return;
-    const int filter = at.group * conv.k_per_group + k;
+    if (row >= rows || col >= cols) return;
     if (t.partials != nullptr) {
-      const int64_t plane = int64_t{conv.G} * conv.k_per_group;
-      store_pack(t.partials + (at.split * plane + filter) * t.pitch + column, neighbours);
+      store_pack(partials + int64_t{row} * t.pitch + col, neighbours);
       return;
     }
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      const Tap tap = tap_at(t, column + e);
-      if (column + e >= t.columns || tap.c >= conv.c_per_group) continue;
-      static_cast<T*>(conv.out)[filter * conv.flt.n + tap.c * conv.flt.c + tap.r * conv.flt.h +
-                                tap.s * conv.flt.w] = narrow<T>(neighbours.at[e]);
+      const int64_t offset = offsets[col + e];
+      if (offset >= 0) out[row * t.conv.flt.n + offset] = narrow<T>(neighbours.at[e]);
     }
   });
 }
 
-// 128 x 128: two blocks share an SM where threads may have 255 registers (16-bit: 128 threads);
+// A block's shared memory.
+template <class Tile, class Columns>
+struct WgradShared {
+  Tile tile;
+  int64_t* offsets;
+  Reach* reaches;
+
+  FASTCONV_HOST_DEVICE explicit WgradShared(SharedCarver& carve)
+      : tile(carve),
+        offsets(carve.take<int64_t>(Tile::kN)),
+        reaches(carve.take<Reach>(Columns::kReaches)) {}
+};
+
+// Two blocks share an SM where 128 threads may have 255 registers each, three of the smallest tile;
 // with 256 threads one has it alone.
 template <class Tile>
-constexpr int kBlocks = Tile::kSize == 64 ? 3
-                        : Tile::kIs16Bit  ? 2
-                                          : 1;
+constexpr int kBlocks = Tile::kM + Tile::kN == 128 ? 3
+                        : Tile::kThreads == 128    ? 2
+                                                   : 1;
 
-template <class Tile, template <class> class Columns>
+template <class Tile, template <class> class ColumnsOf>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
     conv2d_igemm_sm80_wgrad_kernel(const WgradParams t) {
   SharedCarver carve(shared_memory());
-  const Tile tile(carve);
-  Reach* reaches = carve.take<Reach>(Tile::kSize);
-  const TileAt at(t, static_cast<int>(blockIdx.x), Tile::kSize);
+  const WgradShared<Tile, ColumnsOf<Tile>> shared(carve);
+  const Tile& tile = shared.tile;
+  const TileAt at(t, static_cast<int>(blockIdx.x), Tile::kM, Tile::kN);
   const WgradWarp warp = WgradWarp::of_thread<Tile>();
-  UnitLoader<Tile> units(t, at);
-  Columns<Tile> columns(t, at, reaches);
+  GradUnits<Tile> grad(t, at);
+  ColumnsOf<Tile> columns(t, at, shared.reaches);
+  find_offsets<Tile>(t, at, shared.offsets);  // read after the main loop's barriers
   const int steps = (at.pixels + Tile::kDepth - 1) / Tile::kDepth;
 
   const auto load = [&](int step) {
     if (step < steps) {
-      units.load_grad(tile, step % Tile::kStages);
-      columns.load(tile, step % Tile::kStages, units.to, units.left);
-      units.next();
+      grad.load(tile.grad(step % Tile::kStages));
+      columns.load(tile.columns(step % Tile::kStages));
     }
     ptx::cp_async_commit();  // empty at the end, so that the wait's count stays right
   };
+  const auto store = [&](int step) {
+    if (step < steps) columns.store(tile.columns(step % Tile::kStages));
+  };
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     load(step);
-    if (step < steps) columns.store(tile, step);
+    store(step);
   }
   typename Tile::Sums sum = {}, total = {};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the stage has landed for all, and the next one to be filled has been read
-    const int further = step + Tile::kStages - 1;
-    load(further);
+    load(step + Tile::kStages - 1);
     multiply_stage(tile, step % Tile::kStages, warp, sum);
-    if (further < steps) columns.store(tile, further % Tile::kStages);
+    store(step + Tile::kStages - 1);
     if constexpr (Tile::kFold > 0) {
       if (step % Tile::kFold == Tile::kFold - 1 || step + 1 == steps) fold<Tile>(total, sum);
     }
   }
   ptx::cp_async_wait<0>();
-  if constexpr (Tile::kFold > 0) {
-    store_results<Tile>(t, at, warp, total);
-  } else {
-    store_results<Tile>(t, at, warp, sum);
-  }
+  store_results<Tile>(t, at, warp, shared.offsets, choose_sums<Tile>(sum, total));
 }
 
 // Partial sums of each filter position, added up in ascending order. They lie column by column, the
@@ -372,9 +411,18 @@ struct Operand {
   }
 };
 
+// What there are kernels for. share: of the tensor cores' rate that the main loop reaches; a tile
+// takes kM * kN / (kM + kN) 16-bit multiply-adds for a byte from L2, 32, 43 or 64 of them.
+struct TileSize {
+  int m, n;
+  double share;
+};
+constexpr TileSize kTiles[] = {{64, 64, 0.4}, {64, 128, 0.52}, {128, 64, 0.52}, {128, 128, 0.65}};
+constexpr TileSize kPatches = {64, 64, 0.25};  // bound by the instructions that gather
+
 // How a problem is cut into tiles, for the launch and for the estimate.
 struct Plan {
-  int size;
+  TileSize tile;
   bool patches;
   int64_t tap_channels, columns, pitch, k_tiles, column_tiles;
   int64_t tiles;  // of all groups
@@ -389,12 +437,13 @@ bool takes_patches(const Conv2dProblem& p) {
   return 2 * padded_channels(p.C / p.G, p.dtype) > 3 * (p.C / p.G);
 }
 
-// Blocks fill 132 SMs with two each about twice; a block's partial tile is not to cost more than
-// reading its operands. Chains bound float32's error, and what a tensor core truncates: 2^-24 for
-// each of 1024 additions of 16 products is 1/8 of float16's rounding.
-Split split_of(const Conv2dProblem& p, int size, int64_t tiles, int64_t results) {
+// Blocks fill 132 SMs with two each about twice. Writing and reading a block's partial tile is not
+// to cost more than reading its operands. Chains bound float32's error, and what a tensor core
+// truncates: 2^-24 for each of 1024 additions of 16 products is 1/8 of float16's rounding.
+Split split_of(const Conv2dProblem& p, const TileSize& tile, int64_t tiles, int64_t results) {
   constexpr int64_t kFill = 512, kBudget = 64 << 20;
-  const int64_t least = 2 * size, chain = size_of(p.dtype) == 2 ? 16384 : 8192;
+  const int64_t least = 4 * tile.m * tile.n / (tile.m + tile.n);
+  const int64_t chain = size_of(p.dtype) == 2 ? 16384 : 8192;
   const int64_t pixels = p.N * p.P() * p.Q();
   const int64_t fill = ceil_div(kFill, std::max<int64_t>(tiles, 1));
   const int64_t affordable = std::max(fill, kBudget / std::max<int64_t>(results * 4, 1));
@@ -404,17 +453,17 @@ Split split_of(const Conv2dProblem& p, int size, int64_t tiles, int64_t results)
   return {to_int(std::max<int64_t>(1, ceil_div(pixels, each))), each};
 }
 
-Plan plan_with(const Conv2dProblem& p, int size, bool patches) {
-  Plan plan = {size, patches, 0, 0, 0, 0, 0, 0, {}, {p, p.C, p.H * p.W}, {p, p.K, p.P() * p.Q()},
+Plan plan_with(const Conv2dProblem& p, const TileSize& tile, bool patches) {
+  Plan plan = {tile, patches, 0, 0, 0, 0, 0, 0, {}, {p, p.C, p.H * p.W}, {p, p.K, p.P() * p.Q()},
                0};
   if (patches) plan.input.copied = false;
   plan.tap_channels = patches ? p.C / p.G : padded_channels(p.C / p.G, p.dtype);
   plan.columns = p.R * p.S * plan.tap_channels;
   plan.pitch = ceil_div(plan.columns, 4) * 4;
-  plan.k_tiles = ceil_div(p.K / p.G, size);
-  plan.column_tiles = ceil_div(plan.columns, size);
+  plan.k_tiles = ceil_div(p.K / p.G, tile.m);
+  plan.column_tiles = ceil_div(plan.columns, tile.n);
   plan.tiles = plan.k_tiles * plan.column_tiles * p.G;
-  plan.split = split_of(p, size, plan.tiles, p.K * plan.pitch);
+  plan.split = split_of(p, tile, plan.tiles, p.K * plan.pitch);
   if (plan.split.splits > 1) {
     plan.partial_bytes = static_cast<size_t>(plan.split.splits * p.K * plan.pitch * 4);
   }
@@ -422,41 +471,42 @@ Plan plan_with(const Conv2dProblem& p, int size, bool patches) {
 }
 
 // Microseconds of a plan. mma.sync reaches 1024 16-bit multiply-adds a cycle and SM on sm_80, and
-// about 60 % of wgmma's 2048 on sm_90; TF32 half of that, 3xTF32 a third of TF32 and its sums.
+// about 60 % of wgmma's 2048 on sm_90; TF32 half of that, 3xTF32 a third of TF32.
 double cost_of(const Plan& plan, const Conv2dProblem& p, const Device& device) {
   const bool is_16bit = size_of(p.dtype) == 2;
   const double peak = device.sm_arch >= 90 ? 1228 : 1024;
-  const double rate = peak * (is_16bit ? 1 : p.tf32 ? 0.5 : 0.15);
-  // What the main loop reaches: the small tile is bound by shared memory and L2 (32 flops a byte,
-  // half of the large tile's), patches by the instructions that gather them.
-  const double share = plan.patches ? 0.25 : plan.size == 64 ? 0.4 : 0.65;
-  const double flops = 2.0 * static_cast<double>(plan.tiles * plan.size * plan.size) *
+  const double rate = is_16bit ? peak : p.tf32 ? peak / 2 : peak / 6;
+  const double flops = 2.0 * static_cast<double>(plan.tiles * plan.tile.m * plan.tile.n) *
                        static_cast<double>(p.N * p.P() * p.Q());
-  const int64_t copies = plan.input.copy_bytes(p) + plan.grad.copy_bytes(p);
-  const int launches =
-      1 + (plan.split.splits > 1) + (plan.input.copied ? 1 : 0) + (plan.grad.copied ? 1 : 0);
   // Partial sums and copies are written once and read once.
+  const int64_t copies = plan.input.copy_bytes(p) + plan.grad.copy_bytes(p);
   const double bytes =
       p.bytes() + 2.0 * static_cast<double>(plan.partial_bytes) + 2.0 * static_cast<double>(copies);
-  return gpu_us(3.0 * launches, bytes, flops, 2 * rate * share,
-                busy_part(device, plan.blocks(), plan.size == 128 && !is_16bit ? 1 : 2));
+  const int launches = 1 + (plan.split.splits > 1 ? 1 : 0) + (plan.input.copied ? 1 : 0) +
+                       (plan.grad.copied ? 1 : 0);
+  const bool alone = !is_16bit && plan.tile.m + plan.tile.n == 256;  // kBlocks
+  return gpu_us(3.0 * launches, bytes, flops, 2 * rate * plan.tile.share,
+                busy_part(device, plan.blocks(), alone ? 1 : 2));
 }
 
-// The cheaper tile on a card of 108 SMs, so that the problem alone decides.
+// The cheapest tile on a card of 108 SMs, so that the problem alone decides.
 Plan plan_of(const Conv2dProblem& p) {
-  if (takes_patches(p)) return plan_with(p, 64, true);
+  if (takes_patches(p)) return plan_with(p, kPatches, true);
   Device a100;
   a100.sm_arch = 80;
   a100.sm_count = 108;
-  const Plan small = plan_with(p, 64, false), large = plan_with(p, 128, false);
-  return cost_of(large, p, a100) <= cost_of(small, p, a100) ? large : small;
+  Plan best = plan_with(p, kTiles[0], false);
+  for (const TileSize& tile : kTiles) {
+    const Plan plan = plan_with(p, tile, false);
+    if (cost_of(plan, p, a100) < cost_of(best, p, a100)) best = plan;
+  }
+  return best;
 }
 
-template <class Tile>
+template <class Tile, template <class> class Columns>
 int64_t shared_bytes() {
   SharedCarver carve;
-  Tile{carve};
-  carve.take<Reach>(Tile::kSize);
+  WgradShared<Tile, Columns<Tile>>{carve};
   return carve.bytes();
 }
 
@@ -473,19 +523,23 @@ WalkStep walk_step(const Conv2dProblem& p, const ConvParams& conv, int64_t pixel
 
 template <class Tile, template <class> class Columns>
 void launch_tile(const Conv2dProblem& p, WgradParams t, int64_t blocks, void* stream) {
-  t.step = walk_step(p, t.conv, Columns<Tile>::kStep);
-  launch_kernel({kName, blocks, Tile::kThreads, stream, shared_bytes<Tile>()},
+  t.step = walk_step(p, t.conv, Columns<Tile>::kPixels);
+  launch_kernel({kName, blocks, Tile::kThreads, stream, shared_bytes<Tile, Columns>()},
                 &conv2d_igemm_sm80_wgrad_kernel<Tile, Columns>, t);
 }
 
 template <class T, int kTerms>
 void launch_mode(const Plan& plan, const Conv2dProblem& p, const WgradParams& t, void* stream) {
   if (plan.patches) {
-    launch_tile<WgradTile<T, 64, kTerms>, ColumnPatches>(p, t, plan.blocks(), stream);
-  } else if (plan.size == 64) {
-    launch_tile<WgradTile<T, 64, kTerms>, ColumnUnits>(p, t, plan.blocks(), stream);
+    launch_tile<WgradTile<T, 64, 64, kTerms>, ColumnPatches>(p, t, plan.blocks(), stream);
+  } else if (plan.tile.m == 64 && plan.tile.n == 64) {
+    launch_tile<WgradTile<T, 64, 64, kTerms>, ColumnUnits>(p, t, plan.blocks(), stream);
+  } else if (plan.tile.m == 64) {
+    launch_tile<WgradTile<T, 64, 128, kTerms>, ColumnUnits>(p, t, plan.blocks(), stream);
+  } else if (plan.tile.n == 64) {
+    launch_tile<WgradTile<T, 128, 64, kTerms>, ColumnUnits>(p, t, plan.blocks(), stream);
   } else {
-    launch_tile<WgradTile<T, 128, kTerms>, ColumnUnits>(p, t, plan.blocks(), stream);
+    launch_tile<WgradTile<T, 128, 128, kTerms>, ColumnUnits>(p, t, plan.blocks(), stream);
   }
 }
 
@@ -518,8 +572,8 @@ struct Workspace {
   }
 };
 
-void launch(const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
-  const Plan plan = plan_of(p);
+void launch_plan(const Plan& plan, const Conv2dProblem& p, const Conv2dArgs& args,
+                 const Context& context) {
   const Workspace workspace(plan, p, args.workspace);
   WgradParams t = {};
   t.conv = conv_params_of(p, args);
@@ -552,7 +606,7 @@ std::string refuse(const Conv2dProblem& p, const Device& device) {
   const int64_t channels = p.C / p.G, filters = p.K / p.G;
   if (p.G > 1 && channels < kLeastGroup) return std::to_string(channels) + " channels a group";
   if (p.G > 1 && filters < kLeastGroup) return std::to_string(filters) + " filters a group";
-  const int64_t bytes = shared_bytes<WgradTile<float, 128>>();
+  const int64_t bytes = shared_bytes<WgradTile<float, 128, 128>, ColumnUnits>();
   if (bytes > device.shared_memory_per_block) {
     return std::to_string(bytes) + " bytes of shared memory";
   }
@@ -579,7 +633,9 @@ void add_cuda_conv2d_igemm_sm80_wgrad_rows(KernelTable& table) {
   row.workspace = [](const Conv2dProblem& p, const Device&) {
     return cuda::Workspace(cuda::plan_of(p), p, nullptr).bytes;
   };
-  row.launch = cuda::launch;
+  row.launch = [](const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
+    cuda::launch_plan(cuda::plan_of(p), p, args, context);
+  };
   table.conv2d.push_back(std::move(row));
 }
 

@@ -17,52 +17,64 @@
 namespace fastconv {
 namespace cuda {
 
-// kSize x kSize results of one block. kTerms: products a float32 product is made of, 1 (TF32) or
+// kM filters by kN columns of one block. kTerms: products a float32 product is made of, 1 (TF32) or
 // 3 (3xTF32).
-template <class Element, int kSize_, int kTerms_ = 1>
+template <class Element, int kM_, int kN_, int kTerms_ = 1>
 struct WgradTile {
   using T = Element;
-  static constexpr int kSize = kSize_, kTerms = kTerms_;
+  static constexpr int kM = kM_, kN = kN_, kTerms = kTerms_;
   static constexpr bool kIs16Bit = sizeof(T) == 2;
-  // A stage holds 16 KiB (kSize 128) or 8 KiB: two mma steps deep. Four stages and two blocks an SM
-  // are 128 KiB of an A100's 164.
+  static constexpr bool kLarge = kM == 128 && kN == 128;
+  // A stage is two mma steps deep: 16 KiB of 128 x 128. Four stages and two blocks an SM are 128
+  // KiB of an A100's 164.
   static constexpr int kStages = 4;
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));  // pixels
-  static constexpr int kRowBytes = kSize * static_cast<int>(sizeof(T));
-  static constexpr int kTileBytes = kDepth * kRowBytes;
   static constexpr int kPack = kPackSize<T>;
-  static constexpr int kUnits = kRowBytes / kPackBytes;
   // A warp reads (kWarpM + kWarpN) values a pixel for kWarpM * kWarpN products: 64 x 64 halves the
-  // load on shared memory of 32 x 32. Of float32 the sums are kept twice (see kFold), which leaves
+  // load on shared memory of 32 x 32. float32 sums are kept twice (see kFold), which leaves
   // registers for 64 x 32.
-  static constexpr int kWarpM = kSize / 2;
-  static constexpr int kWarpN = kSize == 128 && !kIs16Bit ? 32 : kSize / 2;
-  static constexpr int kWarpsN = kSize / kWarpN;
-  static constexpr int kThreads = 32 * (kSize / kWarpM) * kWarpsN;
+  static constexpr int kWarpsM = 2, kWarpsN = kLarge && !kIs16Bit ? 4 : 2;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kMmaM = kWarpM / 16, kMmaN = kWarpN / 8;
   // Stages after which float32 sums leave the tensor cores, which may truncate when they add, for
   // plain additions: 16 pixels of 3xTF32, whose error is to be float32's, and 64 of TF32.
   static constexpr int kFold = kIs16Bit ? 0 : kTerms == 3 ? 1 : 4;
-  static_assert(kSize == 64 || kSize == 128, "what the figures above are for");
   static_assert(kTerms == 1 || (kTerms == 3 && !kIs16Bit), "16-bit products are exact");
-  static_assert(kWarpM % 32 == 0 && kWarpN % 32 == 0, "what Fragments reads at a time");
+  static_assert(kWarpM % 32 == 0 && kWarpN % 32 == 0, "what Tf32Values reads at a time");
 
   using Sums = float[kMmaM][kMmaN][4];
+
+  // The tile of one operand: [pixel][kSize], where kSize is kM or kN.
+  template <int kSize>
+  struct Side {
+    static constexpr int kRowBytes = kSize * static_cast<int>(sizeof(T));
+    static constexpr int kUnits = kRowBytes / kPackBytes;
+    static constexpr int kBytes = kDepth * kRowBytes;
+    static constexpr int kRows =
+        kThreads / kUnits;  // that a block loads at a time, a unit a thread
+    static_assert(kRowBytes % 128 == 0, "rows are whole wavefronts: offset_of()");
+
+    // Where unit `unit` of pixel `row` lies. Unturned, the same unit of every row would meet the
+    // same banks. 16-bit: ldmatrix reads one unit of eight rows. TF32: eight lanes read two
+    // neighbouring units of four rows.
+    static constexpr int kTurns = kIs16Bit ? 8 : 4;
+    static_assert(kDepth % kRows == 0 && kRows % kTurns == 0, "a thread's turn is always the same");
+    __device__ static int offset_of(int row, int unit) {
+      return row * kRowBytes + (unit ^ (row % kTurns * (8 / kTurns))) * kPackBytes;
+    }
+  };
+  using Grad = Side<kM>;
+  using Columns = Side<kN>;
 
   unsigned char* memory;
 
   FASTCONV_HOST_DEVICE explicit WgradTile(SharedCarver& carve)
-      : memory(carve.take<unsigned char>(kStages * 2 * kTileBytes, 128)) {}
-  __device__ unsigned char* grad(int stage) const { return memory + stage * 2 * kTileBytes; }
-  __device__ unsigned char* columns(int stage) const { return grad(stage) + kTileBytes; }
-
-  // Where 16-byte unit `unit` of pixel `row` lies. Rows are whole wavefronts, so that the same unit
-  // of eight rows would meet the same banks. 16-bit: ldmatrix reads one unit of eight rows. TF32:
-  // eight lanes read two neighbouring units of four rows.
-  __device__ static int offset_of(int row, int unit) {
-    const int turn = kIs16Bit ? row % 8 : row % 4 * 2;
-    return row * kRowBytes + (unit ^ turn) * kPackBytes;
+      : memory(carve.take<unsigned char>(kStages * (Grad::kBytes + Columns::kBytes), 128)) {}
+  __device__ unsigned char* grad(int stage) const {
+    return memory + stage * (Grad::kBytes + Columns::kBytes);
   }
+  __device__ unsigned char* columns(int stage) const { return grad(stage) + Grad::kBytes; }
 };
 
 // Which of the block's results a thread's are.
@@ -87,13 +99,13 @@ __device__ inline void multiply_16bit(const unsigned char* grad, const unsigned 
   const int b_row = row + eighth % 2 * 8 + at.lane % 8, b_unit = at.n / 8 + eighth / 2;
 #pragma unroll
   for (int i = 0; i < Tile::kMmaM; ++i) {
-    ptx::ldmatrix<4, true>(a[i],
-                           ptx::shared_address(grad + Tile::offset_of(a_row, a_unit + 2 * i)));
+    ptx::ldmatrix<4, true>(
+        a[i], ptx::shared_address(grad + Tile::Grad::offset_of(a_row, a_unit + 2 * i)));
   }
 #pragma unroll
   for (int j = 0; j < Tile::kMmaN / 2; ++j) {
-    ptx::ldmatrix<4, true>(b[j],
-                           ptx::shared_address(columns + Tile::offset_of(b_row, b_unit + 2 * j)));
+    ptx::ldmatrix<4, true>(
+        b[j], ptx::shared_address(columns + Tile::Columns::offset_of(b_row, b_unit + 2 * j)));
   }
 #pragma unroll
   for (int i = 0; i < Tile::kMmaM; ++i) {
@@ -108,7 +120,7 @@ __device__ inline void multiply_16bit(const unsigned char* grad, const unsigned 
 // Values of one operand for a step of 8 pixels: kCount filters or columns of pixels t and t + 4,
 // t = lane % 4. Value v is number 32 * (v / 4) + 4 * (lane / 4) + v % 4 of the warp: mma.sync does
 // not ask which rows and columns it multiplies, and so four values are one load.
-template <class Tile, int kCount>
+template <class Tile, class Side, int kCount>
 struct Tf32Values {
   uint32_t high[2][kCount], low[2][Tile::kTerms == 3 ? kCount : 1];
 
@@ -119,7 +131,7 @@ struct Tf32Values {
       for (int v = 0; v < kCount; v += 4) {
         const int unit = first / 4 + v / 4 * 8 + lane / 4;
         const auto pack = load_pack<float, 4>(reinterpret_cast<const float*>(
-            tile + Tile::offset_of(row + lane % 4 + 4 * half, unit)));
+            tile + Side::offset_of(row + lane % 4 + 4 * half, unit)));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           if constexpr (Tile::kTerms == 3) {
@@ -139,8 +151,8 @@ struct Tf32Values {
 template <class Tile>
 __device__ inline void multiply_tf32(const unsigned char* grad, const unsigned char* columns,
                                      int row, const WgradWarp& at, typename Tile::Sums& sum) {
-  const Tf32Values<Tile, 2 * Tile::kMmaM> a(grad, row, at.m, at.lane);
-  const Tf32Values<Tile, Tile::kMmaN> b(columns, row, at.n, at.lane);
+  const Tf32Values<Tile, typename Tile::Grad, 2 * Tile::kMmaM> a(grad, row, at.m, at.lane);
+  const Tf32Values<Tile, typename Tile::Columns, Tile::kMmaN> b(columns, row, at.n, at.lane);
   const auto multiply = [&](const auto& left, const auto& right) {
 #pragma unroll
     for (int i = 0; i < Tile::kMmaM; ++i) {
