@@ -153,6 +153,7 @@ class ColumnUnits {
  public:
   static constexpr int kPixels = kRows;  // a WalkStep
   static constexpr int kReaches = 0;     // in shared memory
+  static constexpr bool kGathers = false;
 
   __device__ ColumnUnits(const WgradParams& t, const TileAt& at, Reach*)
       : t_(t), window_(t, at.begin + static_cast<int>(threadIdx.x) / Side::kUnits) {
@@ -196,6 +197,7 @@ class ColumnPatches {
  public:
   static constexpr int kPixels = Tile::kDepth;
   static constexpr int kReaches = Tile::kN;
+  static constexpr bool kGathers = true;
 
   __device__ ColumnPatches(const WgradParams& t, const TileAt& at, Reach* reaches)
       : t_(t),
@@ -319,26 +321,25 @@ constexpr int kBlocks = Tile::kM + Tile::kN == 128 ? 3
 template <class Tile, template <class> class ColumnsOf>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
     conv2d_igemm_sm80_wgrad_kernel(const WgradParams t) {
+  using Columns = ColumnsOf<Tile>;
   SharedCarver carve(shared_memory());
-  const WgradShared<Tile, ColumnsOf<Tile>> shared(carve);
+  const WgradShared<Tile, Columns> shared(carve);
   const Tile& tile = shared.tile;
   const TileAt at(t, static_cast<int>(blockIdx.x), Tile::kM, Tile::kN);
   const WgradWarp warp = WgradWarp::of_thread<Tile>();
   GradUnits<Tile> grad(t, at);
-  ColumnsOf<Tile> columns(t, at, shared.reaches);
+  Columns columns(t, at, shared.reaches);
   find_offsets<Tile>(t, at, shared.offsets);  // read after the main loop's barriers
   const int steps = (at.pixels + Tile::kDepth - 1) / Tile::kDepth;
 
+  // Past the last step they fill stages that nobody reads with zeros: a branch would keep their
+  // arithmetic apart from the tensor cores'.
   const auto load = [&](int step) {
-    if (step < steps) {
-      grad.load(tile.grad(step % Tile::kStages));
-      columns.load(tile.columns(step % Tile::kStages));
-    }
-    ptx::cp_async_commit();  // empty at the end, so that the wait's count stays right
+    grad.load(tile.grad(step % Tile::kStages));
+    columns.load(tile.columns(step % Tile::kStages));
+    ptx::cp_async_commit();
   };
-  const auto store = [&](int step) {
-    if (step < steps) columns.store(tile.columns(step % Tile::kStages));
-  };
+  const auto store = [&](int step) { columns.store(tile.columns(step % Tile::kStages)); };
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     load(step);
     store(step);
@@ -348,8 +349,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the stage has landed for all, and the next one to be filled has been read
-    load(step + Tile::kStages - 1);
-    multiply_stage(tile, step % Tile::kStages, warp, sum);
+    // Gathers need all the time they can get; addresses are found while the tensor cores work.
+    if constexpr (Columns::kGathers) load(step + Tile::kStages - 1);
+    multiply_stage(tile, step % Tile::kStages, warp, sum, [&] {
+      if constexpr (!Columns::kGathers) load(step + Tile::kStages - 1);
+    });
     store(step + Tile::kStages - 1);
     if constexpr (Tile::kFold > 0) {
       if (step % Tile::kFold == Tile::kFold - 1 || step + 1 == steps) fold<Tile>(total, sum);

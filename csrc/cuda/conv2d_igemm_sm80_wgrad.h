@@ -172,9 +172,10 @@ __device__ inline void multiply_tf32(const unsigned char* grad, const unsigned c
   multiply(a.high, b.high);
 }
 
-template <class Tile>
+// A whole stage; calls `between` behind its first step.
+template <class Tile, class F>
 __device__ inline void multiply_stage(const Tile& tile, int stage, const WgradWarp& at,
-                                      typename Tile::Sums& sum) {
+                                      typename Tile::Sums& sum, F&& between) {
   constexpr int kStep = Tile::kIs16Bit ? 16 : 8;
 #pragma unroll
   for (int row = 0; row < Tile::kDepth; row += kStep) {
@@ -183,6 +184,7 @@ __device__ inline void multiply_stage(const Tile& tile, int stage, const WgradWa
     } else {
       multiply_tf32<Tile>(tile.grad(stage), tile.columns(stage), row, at, sum);
     }
+    if (row == 0) between();
   }
 }
 
