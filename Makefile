@@ -2,7 +2,7 @@
 PYTHON ?= python
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install test test-all emulate triton lint format bench gpu clean
+.PHONY: help install test test-all emulate triton sass lint format bench gpu clean
 
 help:      ## list these commands
 	@sed -n 's/^\([a-z-]*\): *## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -11,7 +11,7 @@ install:   ## compile and install, against the torch of this environment
 	$(PYTHON) -m pip install -v ".[dev]"
 
 test:      ## the test-suite, against the installed package
-	$(PYTHON) -P -m pytest
+	$(PYTHON) -P -m pytest -n auto
 
 test-all:  ## the same with the large sweeps and 30 times as many random examples
 	FASTCONV_EVERY_SEED=1 $(PYTHON) -P -m pytest -m "" --hypothesis-profile=thorough
@@ -23,6 +23,10 @@ emulate:   ## the CUDA kernels on this CPU: instructions, planted faults, every 
 triton:    ## the Triton kernels: by the interpreter, and every configuration compiled for sm_80 and sm_90
 	$(PYTHON) -P -m pytest -m "" -k triton
 	$(PYTHON) benchmarks/triton_resources.py --all
+
+sass:      ## with nvcc, no GPU: each CUDA kernel's registers and spills, and what its machine code holds
+	$(PYTHON) benchmarks/kernel_resources.py --compile
+	$(PYTHON) benchmarks/kernel_sass.py --compile
 
 lint:      ## ruff and clang-format, changing nothing
 	$(PYTHON) -m ruff check .

@@ -28,6 +28,11 @@ def sources(with_cuda):
     return sorted(found + (cuda if with_cuda else []))
 
 
+def hopper_sources():
+    """For sm_90a, whose wgmma and setmaxnreg no other architecture has."""
+    return sorted(glob.glob("csrc/cuda/*sm90*.cu"))
+
+
 def extension(plan):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -37,18 +42,20 @@ def extension(plan):
     host = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if plan.cuda.build:
         host.append(f'-DFASTCONV_CUDA_ARCHES="{plan.arches}"')
+    macros = ["FASTCONV_WITH_CUDA"] * plan.cuda.build + ["FASTCONV_SM90A"] * plan.hopper.build
+    # torch adds the flags of TORCH_CUDA_ARCH_LIST unless it finds "arch" in a flag, be it in the
+    # name of a folder ("research"): these name no folder, and csrc/cuda needs none of torch's.
     nvcc = ["-O3", *(f"-Xcompiler={flag}" for flag in ["-fvisibility=hidden", "-Wall"])]
     made = kind(
         "fastconv._C",
-        sources(plan.cuda.build),
-        define_macros=[("FASTCONV_WITH_CUDA", None)] if plan.cuda.build else [],
+        sorted({*sources(plan.cuda.build)} - {*hopper_sources()}),
+        define_macros=[(macro, None) for macro in macros],
         extra_compile_args={"cxx": host, "nvcc": nvcc},
         extra_link_args=["-fopenmp"],
     )
     # torch's own headers as system headers: our warnings are then the only ones.
     system = [flag for folder in made.include_dirs for flag in ("-isystem", folder)]
     host.extend(system)
-    nvcc.extend(system)
     made.include_dirs = [os.path.join(ROOT, "csrc")]
     return made
 
@@ -81,6 +88,19 @@ def build_ext_command(plan):
         def finalize_options(self):
             super().finalize_options()
             self.force = True  # ninja knows headers and flags; setuptools sees neither
+
+        def build_extension(self, ext):
+            if plan.hopper.build:
+                # A call of its own, since torch takes one list of architectures a call; a folder
+                # of its own, since each call writes a build.ninja.
+                flags = dict(ext.extra_compile_args)
+                flags["nvcc"] = [*flags["nvcc"], decisions.HOPPER_FLAG]
+                folder = os.path.join(self.build_temp, "sm_90a")
+                rest = (ext.define_macros, ext.include_dirs, self.debug)
+                ext.extra_objects += self.compiler.compile(
+                    hopper_sources(), folder, *rest, extra_postargs=flags
+                )
+            super().build_extension(ext)
 
         def run(self):
             print(plan.table(VERSION), flush=True)

@@ -24,8 +24,10 @@ test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd
   pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet triton_rows triton_runtime
   triton_autotune triton_networks)
 tools=(memcheck racecheck synccheck)
-slices=(build resources instructions smoke "${test_files[@]/#/tests-}" "${tools[@]/#/sanitizer-}"
-  bench-float32 bench-bfloat16 bench-triton bench-inductor bench-other)
+benches=(bfloat16 float16 tf32 float32 fused choice bfloat16-more float16-more tf32-more float32-more
+  triton inductor other)
+slices=(build resources sass instructions smoke "${test_files[@]/#/tests-}"
+  "${tools[@]/#/sanitizer-}" "${benches[@]/#/bench-}")
 
 # Seconds that each slice may take.
 limit_of() {
@@ -43,6 +45,11 @@ slice_build() { # every kernel's registers and spills are in this log
 
 slice_resources() {
   "$python" benchmarks/kernel_resources.py "$out/build.log" --json "$out/kernels.json"
+}
+
+# HGMMA in the sm_90a kernels, HMMA in the sm_80 ones, 16-byte accesses, no local memory.
+slice_sass() {
+  "$python" benchmarks/kernel_sass.py fastconv/_C*.so --json "$out/sass-kernels.json"
 }
 
 # What each PTX instruction does, by hardware: the cases that the emulator is tested with.

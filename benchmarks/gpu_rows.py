@@ -14,18 +14,43 @@ import fastconv
 import fastconv.functional as ff
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# What tensors hold, what torch's switch says of float32, and the rounding that then counts.
+MODES = (
+    (torch.float32, "ieee", 2**-23),
+    (torch.float32, "tf32", 2**-10),
+    (torch.float64, "ieee", 2**-52),
+    (torch.float16, "ieee", 2**-10),
+    (torch.bfloat16, "ieee", 2**-7),
+)
 
-# (input, weight, options); the small ones come first.
-CONVOLUTIONS = [
+# (input, weight, options).
+SMALL_CONVOLUTIONS = [
     ((2, 8, 9, 10), (16, 8, 3, 3), {"padding": 1}),
     ((1, 3, 12, 12), (8, 3, 7, 7), {"stride": 2, "padding": 3}),
     ((2, 16, 7, 7), (24, 16, 1, 1), {}),
     ((2, 8, 9, 9), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
     ((2, 12, 9, 9), (8, 6, 3, 3), {"dilation": 2, "groups": 2}),
+    # What the tensor cores take: channels in whole 16-byte units, and in whole stages of 64.
+    ((2, 64, 9, 10), (72, 64, 3, 3), {"padding": 1}),
+    ((3, 64, 9, 9), (128, 64, 3, 3), {"stride": 2, "padding": 1}),
+    ((2, 40, 8, 7), (136, 40, 1, 1), {}),
+    ((2, 64, 9, 9), (64, 64, 1, 1), {"stride": 2}),
+]
+CONVOLUTIONS = [
+    *SMALL_CONVOLUTIONS,
     ((8, 64, 28, 28), (96, 64, 3, 3), {"padding": 1}),
     ((4, 128, 14, 14), (256, 128, 1, 1), {}),
     ((4, 64, 28, 28), (64, 1, 5, 5), {"padding": 2, "groups": 64}),
+]
+# Whole tiles on many SMs, which an emulator takes minutes for.
+LARGE_CONVOLUTIONS = [
+    ((16, 256, 14, 14), (256, 256, 3, 3), {"padding": 1}),
+    ((8, 128, 56, 56), (128, 128, 3, 3), {"stride": 2, "padding": 1}),
+    ((8, 64, 56, 56), (256, 64, 1, 1), {}),
+    ((8, 256, 28, 28), (512, 256, 1, 1), {"stride": 2}),
+    ((8, 128, 28, 28), (96, 128, 3, 3), {"padding": 2, "dilation": 2}),
+    ((8, 256, 28, 28), (256, 64, 3, 3), {"padding": 1, "groups": 4}),
+    ((8, 3, 64, 64), (64, 3, 7, 7), {"stride": 2, "padding": 3}),
 ]
 IMAGES = [(2, 8, 9, 10), (3, 5, 7, 7), (8, 64, 56, 56), (4, 2048, 7, 7)]
 
@@ -66,15 +91,15 @@ CALLS = {
 }
 
 
-def problems(row, small: bool):
+def problems(row, convolutions):
     """(name, function of a module and leaves, leaves, options), on the CPU in float64."""
     call = CALLS[row.op]
     if row.op.startswith("conv2d"):
-        for size, weight, options in CONVOLUTIONS[: 5 if small else None]:
+        for size, weight, options in convolutions:
             leaves = torch.randn(size), torch.randn(weight) / 4, torch.randn(weight[0])
             yield f"{size} * {weight}", call, leaves, (options,)
     else:
-        for size in IMAGES[: 2 if small else None]:
+        for size in IMAGES[: 2 if convolutions is SMALL_CONVOLUTIONS else None]:
             yield f"{size}", call, (torch.randn(size),), ()
 
 
@@ -91,11 +116,14 @@ def results(row, call, module, leaves, arguments):
     return torch.autograd.grad(out, leaves[which], grad)[0]
 
 
-def check(row, device: str, small: bool) -> tuple[int, list[str]]:
+def check(row, device: str, convolutions) -> tuple[int, list[str]]:
     ran, wrong = 0, []
-    for dtype in DTYPES:
+    for dtype, precision, eps in MODES:
+        if dtype not in row.dtypes or (precision == "tf32" and not row.op.startswith("conv2d")):
+            continue
+        torch.backends.cudnn.conv.fp32_precision = precision
         for layout in LAYOUTS:
-            for name, call, leaves, arguments in problems(row, small):
+            for name, call, leaves, arguments in problems(row, convolutions):
                 leaves = [t.to(dtype) for t in leaves]
                 expected = results(row, call, F, [t.double() for t in leaves], arguments)
                 leaves = [
@@ -103,7 +131,8 @@ def check(row, device: str, small: bool) -> tuple[int, list[str]]:
                     for t in leaves
                 ]
                 try:
-                    with fastconv.kernel(row.name):
+                    # On CPU tensors torch's switches speak of no GPU, unless this is said.
+                    with fastconv.kernel(row.name), fastconv.emulator.tf32():
                         got = results(row, call, ff, leaves, arguments).double().cpu()
                 except RuntimeError as error:
                     if f"kernel {row.name} is forced and cannot run" in str(error):
@@ -112,10 +141,11 @@ def check(row, device: str, small: bool) -> tuple[int, list[str]]:
                 ran += 1
                 # A sum of n products errs by less than n times a rounding of the largest; what
                 # is wrong is wrong by far more. The tests hold the exact contract.
-                allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
+                allowed = 64 * eps * expected.abs().max().item()
                 error = (got - expected).abs().max().item()
                 if not error <= allowed:
-                    wrong.append(f"{row.name} {dtype} {layout} {name}: {error} > {allowed}")
+                    what = f"{row.name} {dtype} {precision} {layout} {name}"
+                    wrong.append(f"{what}: {error} > {allowed}")
     return ran, wrong
 
 
@@ -129,13 +159,17 @@ def main() -> int:
     )
     if arguments.emulated:
         fastconv.emulator.load()
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 errs by more than is allowed here
+    convolutions = CONVOLUTIONS + LARGE_CONVOLUTIONS
+    if arguments.emulated:
+        convolutions = CONVOLUTIONS
+    if arguments.small:
+        convolutions = SMALL_CONVOLUTIONS
     torch.manual_seed(0)
     total, faults = 0, []
     for row in fastconv.kernels():
         if row.backend not in backends or row.op not in CALLS:
             continue
-        ran, wrong = check(row, device, arguments.small)
+        ran, wrong = check(row, device, convolutions)
         print(f"{row.name:<48} {ran:>4} runs, {len(wrong)} wrong")
         total += ran
         faults += wrong

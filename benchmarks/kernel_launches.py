@@ -3,9 +3,10 @@
     python benchmarks/kernel_launches.py [--json FILE]
 
 All shared memory of fastconv's kernels is dynamic, so ptxas (kernel_resources.py) does not know it.
-Each row runs the problems of gpu_rows.py in float32 and float64; the largest launch counts. Bytes
+Each row runs the problems of gpu_rows.py in the types it takes; the largest launch counts. Bytes
 are an upper bound: the emulator leaves a gap of 64 bytes behind each array. Ends with status 1 when
-a row launched nothing, or a block asks for more than an SM of sm_80 gives it.
+a row launched nothing, or a block asks for more than an SM gives it: one of sm_80, or of sm_90 for
+the rows that run there alone.
 """
 
 import argparse
@@ -20,18 +21,29 @@ import fastconv
 import fastconv.functional as ff
 from fastconv.benchmarking.tables import LEFT, RIGHT, print_table
 
-# Of an SM: warps and blocks; bytes of shared memory of sm_80, of which each block's runtime takes
-# 1 KiB; the most that one block may ask for there.
-WARPS, BLOCKS, BYTES, RESERVED, MOST = 64, 32, 164 << 10, 1 << 10, 163 << 10
+# Of an SM: warps and blocks; bytes of shared memory, of which each block's runtime takes 1 KiB.
+WARPS, BLOCKS, RESERVED = 64, 32, 1 << 10
+
+
+def shared_memory(row) -> int:
+    """Of an SM of the least architecture that runs the row; a block may have all but 1 KiB."""
+    return (228 if row.arch == "sm_90a" else 164) << 10
 
 
 def launches_of(row) -> list[fastconv.emulator.Launch]:
     found = []
-    for dtype in (torch.float32, torch.float64):
-        for _, call, leaves, arguments in gpu_rows.problems(row, small=False):
+    for dtype, precision, _ in gpu_rows.MODES:
+        if dtype not in row.dtypes or dtype == torch.float16:  # whose launches are bfloat16's
+            continue
+        torch.backends.cudnn.conv.fp32_precision = precision
+        for _, call, leaves, arguments in gpu_rows.problems(row, gpu_rows.CONVOLUTIONS):
             leaves = [t.to(dtype) for t in leaves]
             try:
-                with fastconv.kernel(row.name), fastconv.emulator.launches() as log:
+                with (
+                    fastconv.kernel(row.name),
+                    fastconv.emulator.tf32(),
+                    fastconv.emulator.launches() as log,
+                ):
                     gpu_rows.results(row, call, ff, leaves, arguments)
             except RuntimeError as error:
                 if f"kernel {row.name} is forced and cannot run" not in str(error):
@@ -48,11 +60,13 @@ def figures(row) -> dict:
     shared = max(launch.shared_bytes for launch in launches)
     threads = max(launch.threads for launch in launches)
     warps = -(-threads // 32)
-    blocks = min(WARPS // warps, BLOCKS, BYTES // (shared + RESERVED))
+    blocks = min(WARPS // warps, BLOCKS, shared_memory(row) // (shared + RESERVED))
     return {
         "row": row.name.removesuffix("_emulated"),
+        "arch": row.arch,
         "launches": len(launches),
         "most_blocks": max(launch.blocks for launch in launches),
+        "blocks": blocks,  # on an SM at once, as far as shared memory goes
         "threads": threads,
         "shared_bytes": shared,
         "occupancy": blocks * warps / WARPS,
@@ -69,17 +83,19 @@ def main() -> int:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1) + "\n")
-    titles = [("row", LEFT), ("threads", RIGHT), ("shared memory", RIGHT), ("occupancy", RIGHT)]
+    headings = [("row", LEFT), ("arch", LEFT)]
+    headings += [(name, RIGHT) for name in ("threads", "shared bytes", "occupancy")]
+    launched = [r for r in rows if r["launches"]]
+    lines = [
+        (r["row"], r["arch"], str(r["threads"]), f"{r['shared_bytes']:,}", f"{r['occupancy']:.0%}")
+        for r in launched
+    ]
     print_table(
-        "launches: shared memory of a block, and the share of sm_80's warps that it allows",
-        titles,
-        [
-            [r["row"], str(r["threads"]), f"{r['shared_bytes']:,} B", f"{r['occupancy']:.0%}"]
-            for r in rows
-            if r["launches"]
-        ],
+        "launches: shared memory of a block, and the share of an SM's warps that it allows",
+        headings,
+        lines,
     )
-    wrong = [r["row"] for r in rows if not r["launches"] or r["shared_bytes"] > MOST]
+    wrong = [r["row"] for r in rows if not r["launches"] or not r["blocks"]]
     print(f"{len(rows)} rows" + (f", wrong: {', '.join(wrong)}" if wrong else ", all launched"))
     return 1 if wrong or not rows else 0
 

@@ -5,7 +5,8 @@
 
 BUILD_LOG is the output of a build made with NVCC_APPEND_FLAGS="-Xptxas=-v"; --compile runs nvcc on
 csrc/cuda itself, for sm_80 and sm_90 (files named *sm90*: sm_90a). Ends with status 1 when a kernel
-spills or has a stack frame or local memory, and with 2 when no kernel is found at all.
+spills or has a stack frame or local memory, or ptxas gave up wgmma's or setmaxnreg's gain (which it
+calls no warning), and with 2 when no kernel is found at all.
 """
 
 import argparse
@@ -102,6 +103,12 @@ def parse(log: str) -> list[Kernel]:
     return found
 
 
+def losses(log: str) -> list[str]:
+    """ "setmaxnreg ignored", "wgmma instructions are serialized", each once."""
+    found = re.findall(r"Potential Performance Loss: ([^\n]+)", log)
+    return list(dict.fromkeys(line.strip() for line in found))
+
+
 def demangle(names: list[str]) -> list[str]:
     """Without namespaces and parameters: "max_pool2d_fprop_kernel<float, 4, long>"."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
@@ -170,23 +177,28 @@ def nvcc() -> str:
     return found
 
 
+def arches_of(source: Path) -> tuple[str, ...]:
+    """What the build compiles a file for by default, its PTX left out."""
+    return ("90a",) if "sm90" in source.name else ("80", "90")
+
+
+def compile_one(source: Path, arch: str, cubin: Path) -> str:
+    """ptxas's words."""
+    flags = ["-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas=-v", f"-arch=sm_{arch}", "-cubin"]
+    command = [nvcc(), *flags, str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{source.name} for sm_{arch} does not compile:\n{done.stderr}")
+    return done.stderr + done.stdout
+
+
 def compile_all() -> str:
-    """ptxas's words on every file of csrc/cuda, one after the other."""
+    """On every file of csrc/cuda, one after the other."""
     logs = []
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            arches = ("90a",) if "sm90" in source.name else ("80", "90")
-            command = [nvcc(), "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas=-v", "-cubin"]
-            for arch in arches:
-                cubin = os.path.join(folder, f"{source.stem}.{arch}.cubin")
-                done = subprocess.run(
-                    [*command, f"-arch=sm_{arch}", str(source), "-o", cubin],
-                    capture_output=True,
-                    text=True,
-                )
-                if done.returncode != 0:
-                    sys.exit(f"kernel_resources: {source.name} for sm_{arch}:\n{done.stderr}")
-                logs.append(done.stderr + done.stdout)
+            for arch in arches_of(source):
+                logs.append(compile_one(source, arch, Path(folder) / f"{source.stem}.{arch}.cubin"))
     return "\n".join(logs)
 
 
@@ -261,8 +273,14 @@ def main() -> int:
     faulty = [kernel for kernel in kernels if kernel.fault]
     for kernel in faulty:
         print(f"{kernel.name} on {kernel.arch}: {kernel.fault}")
-    print(f"{len(kernels)} kernels, {len(faulty)} with spills, stack frames or local memory")
-    return 1 if faulty else 0
+    lost = losses(text)
+    for line in lost:
+        print(f"ptxas: {line}")
+    print(
+        f"{len(kernels)} kernels, {len(faulty)} with spills, stack frames or local memory"
+        + (f"; {len(lost)} losses that ptxas names" if lost else "")
+    )
+    return 1 if faulty or lost else 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ MIN_TORCH = (2, 11)
 MIN_SETUPTOOLS = (77, 0)  # reads pyproject.toml's `license = "BSD-3-Clause"`
 # sm_80 and sm_90 machine code, and compute_90 PTX for every newer card.
 DEFAULT_ARCHES = "8.0;9.0+PTX"
+# wgmma and setmaxnreg exist in sm_90a alone, whose PTX runs on nothing else: machine code only.
+HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"
 # One compiler process on torch's headers needs about this much memory.
 BYTES_PER_JOB = 2 << 30
 
@@ -234,6 +236,32 @@ def decide_cuda(torch_version, torch_cuda):
     return Cuda(False, reason, nvcc, version, home)
 
 
+def decide_arches(torch):
+    """TORCH_CUDA_ARCH_LIST; "native" as the versions that it means here."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHES
+    if asked != "native":
+        return asked
+    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join("{}.{}".format(*card) for card in sorted(cards)) or DEFAULT_ARCHES
+
+
+class Hopper:
+    """Whether csrc/cuda/*sm90*.cu are compiled, and why."""
+
+    def __init__(self, build, why):
+        self.build, self.why = build, why
+
+
+def decide_hopper(cuda, arches):
+    """Yes where the arch list has compute capability 9.0, in whichever spelling torch takes."""
+    if not cuda.build:
+        return Hopper(False, "no CUDA kernels are built")
+    for arch in re.split(r"[;\s]+", arches):
+        if re.match(r"(9\.0a?|Hopper)(\+PTX)?$", arch):
+            return Hopper(True, f"for sm_90a, since the arch list has {arch}")
+    return Hopper(False, "the arch list has no 9.0")
+
+
 # --- The rest -------------------------------------------------------------------------------------
 
 
@@ -265,7 +293,8 @@ class Plan:
         standard = "c++20" if release_of(self.torch_version) >= (2, 13) else "c++17"
         self.cxx, self.cxx_version = find_compiler(standard)
         self.cuda = decide_cuda(self.torch_version, self.torch_cuda)
-        self.arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+        self.arches = decide_arches(torch)
+        self.hopper = decide_hopper(self.cuda, self.arches)
         self.jobs = decide_jobs()
         self.ninja = shutil.which("ninja")
         x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -297,6 +326,7 @@ class Plan:
             "cuda": self.cuda.version if self.cuda.build else None,
             "cuda_why": self.cuda.why,
             "arch_list": self.arches if self.cuda.build else None,
+            "hopper_kernels": self.hopper.build if self.cuda.build else None,
             "compiler": self.cxx_version,
             "simd": self.simd,
             "platform": platform.platform(),
@@ -317,6 +347,7 @@ class Plan:
             ("CUDA kernels", f"{'yes' if cuda.build else 'no'}: {cuda.why}"),
             ("nvcc", f"{cuda.version}{minor}, {cuda.nvcc}" if cuda.nvcc else "-"),
             ("CUDA arch list", self.arches if cuda.build else "-"),
+            ("Hopper kernels", f"{'yes' if self.hopper.build else 'no'}: {self.hopper.why}"),
             ("ninja", self.ninja or "none: one file after another, every file every time"),
             ("jobs", f"{self.jobs} (MAX_JOBS)"),
         ]

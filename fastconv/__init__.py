@@ -7,9 +7,10 @@ Use ``fastconv.Conv2d`` in place of ``torch.nn.Conv2d`` (and ``MaxPool2d``, ``Av
 
 import warnings
 
-from fastconv import emulator, functional, models
+from fastconv import autotuning, emulator, functional, models
 from fastconv._extension import ExtensionWarning, available, explanation
 from fastconv._version import __version__
+from fastconv.autotuning import autotune
 from fastconv.modules import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -29,6 +30,7 @@ __all__ = [
     "MaxPool2d",
     "__version__",
     "allow_fallback",
+    "autotune",
     "backend",
     "emulator",
     "explain",
@@ -38,5 +40,7 @@ __all__ = [
     "models",
 ]
 
-if not available:
+if available:
+    autotuning.register()
+else:
     warnings.warn(explanation, ExtensionWarning, stacklevel=2)

@@ -33,6 +33,7 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # -Wno-psabi: a note on 64-byte aligned arguments.
 _FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTCONV_EMULATOR"]
 _FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
+_FLAGS += ["-DFASTCONV_SM90A"]  # csrc/cuda/*sm90*.cu are among what is compiled
 # A GPU contracts a * b + c to one rounding; where the CPU has that instruction, so do we.
 if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
     _FLAGS += ["-mavx2", "-mfma", "-ffp-contract=fast"]
@@ -107,6 +108,31 @@ def launches():
         _library.fastconv_emulator_stop_log(keep)
 
 
+@contextlib.contextmanager
+def truncation():
+    """In this block tensor cores round their float32 sums towards zero, as hardware may: a kernel
+    that is to be as exact as float32 must not leave long sums to them."""
+    load()
+    _library.fastconv_emulator_set_truncation(ctypes.c_bool(True))
+    try:
+        yield
+    finally:
+        _library.fastconv_emulator_set_truncation(ctypes.c_bool(False))
+
+
+@contextlib.contextmanager
+def tf32():
+    """In this block float32 convolutions on CPU tensors, emulated or interpreted, follow torch's
+    switches for TF32 (``torch.backends.cudnn.allow_tf32`` and its successors) as they do on a GPU.
+    Elsewhere they are strict."""
+    switch = _extension.load().set_tf32_on_cpu
+    before = switch(True)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 _lock = threading.Lock()
 _library = None
 _ROW = ctypes.CFUNCTYPE(
@@ -122,7 +148,7 @@ def build(*, sanitize: bool = False) -> Path:
     sources = _emulator_sources(tools.csrc) + sorted((tools.csrc / "cuda").glob("*.cu"))
     sources += [tools.csrc / "cuda" / "table.cpp"]
     sources += [tools.csrc / "emulator" / "entry.cpp"]
-    return tools.link(sources, _cache() / tools.key(sources, sanitize) / _LIBRARY, sanitize)
+    return tools.link(sources, cache() / tools.key(sources, sanitize) / _LIBRARY, sanitize)
 
 
 def compile_program(sources, output, sanitize: bool = False) -> Path:
@@ -142,7 +168,7 @@ def _emulator_sources(csrc):
     return sorted(f for f in (csrc / "emulator").glob("*.cpp") if f.name != "entry.cpp")
 
 
-def _cache() -> Path:
+def cache() -> Path:
     """``FASTCONV_CACHE``, or ``fastconv`` in the user's cache directory."""
     named = os.environ.get("FASTCONV_CACHE")
     if named:
@@ -272,7 +298,7 @@ class _Toolchain:
     def link(self, sources, output: Path, sanitize: bool, program: bool = False) -> Path:
         if not program and _is_whole(output):
             return output
-        objects_folder = _cache() / "objects"
+        objects_folder = cache() / "objects"
         try:
             objects_folder.mkdir(parents=True, exist_ok=True)
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def explain(
     lines = [
         f"conv2d {direction}, input {tuple(input.shape)}, weight {tuple(weight.shape)}, "
         f"{str(input.dtype).removeprefix('torch.')} on {input.device}",
-        f"runs: {chosen}" + (f" ({reason})" if reason and not rows else ""),
+        f"runs: {chosen}" + (f" ({reason})" if reason and (not rows or chosen != "aten") else ""),
     ]
     for candidate in candidates:
         if candidate.name == chosen:

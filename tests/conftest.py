@@ -19,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("FASTCONV_AUTOTUNE", "0")  # nobody's measurements decide what is tested
+
 import fastconv
 import support
 
@@ -32,6 +34,9 @@ hypothesis.settings.load_profile("default")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: large sweeps, run by `make test-all`")
     torch.set_num_threads(2)
+    torch.backends.cudnn.allow_tf32 = False  # contracts are float32's: test_tf32.py allows it
+    if getattr(config.option, "dist", "no") == "load":  # `pytest -n auto`
+        config.option.dist = "loadgroup"
 
 
 @pytest.fixture(autouse=True)

@@ -251,6 +251,120 @@ def test_wheel_requires_the_minor_it_was_compiled_against(decisions, version, re
         assert Requirement(requirement).specifier.contains(version, prereleases=True)
 
 
+# --- Which files are compiled for what ------------------------------------------------------------
+
+# What setup.py asks of torch's extension builder, printed instead of compiled.
+RECORDING_BUILDER = """
+import json, os
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+
+def CUDAExtension(name, sources, **kwargs):
+    return Extension(name, sources, include_dirs=["/research/torch/include"], **kwargs)
+
+
+CppExtension = CUDAExtension
+
+
+class Compiler:
+    def compile(self, sources, output_dir, macros, include_dirs, debug, extra_postargs):
+        called = [sources, os.path.basename(output_dir), macros, extra_postargs["nvcc"]]
+        print("COMPILE", json.dumps(called))
+        return ["hopper.o"]
+
+
+class BuildExtension(build_ext):
+    def build_extensions(self):
+        self.compiler = Compiler()
+        os.makedirs(os.path.join(self.build_lib, "fastconv"), exist_ok=True)
+        self.build_extension(*self.extensions)
+
+    def build_extension(self, ext):
+        flags = ext.extra_compile_args
+        told = [ext.sources, ext.extra_objects, ext.define_macros, flags["nvcc"], flags["cxx"]]
+        print("BUILD", json.dumps(told))
+"""
+
+
+def recorded_build(tmp_path, arches):
+    """(decision table, the call for sm_90a or None, the extension, the facts)."""
+    path = fake_torch(tmp_path / "site", "2.14.1+cu130", "13.0")
+    (path / "torch" / "utils").mkdir()
+    (path / "torch" / "utils" / "__init__.py").write_text("")
+    (path / "torch" / "utils" / "cpp_extension.py").write_text(RECORDING_BUILDER)
+    fake_nvcc(tmp_path / "cuda", "13.0")
+    result = build(
+        tmp_path,
+        PYTHONPATH=path,
+        FASTCONV_CUDA="1",
+        CUDA_HOME=tmp_path / "cuda",
+        TORCH_CUDA_ARCH_LIST=arches,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = {"COMPILE": "null"}
+    for line in result.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        said[word] = rest.strip()
+    facts = json.loads((tmp_path / "fastconv" / "_build_facts.json").read_text())
+    return said["Hopper"], json.loads(said["COMPILE"]), json.loads(said["BUILD"]), facts
+
+
+@pytest.mark.parametrize(
+    ("arches", "compiled"),
+    [
+        (None, True),  # the default list
+        ("9.0", True),
+        ("9.0a", True),
+        ("8.0 9.0+PTX", True),
+        ("Hopper", True),
+        ("8.0", False),
+        ("8.6+PTX", False),
+        ("8.0;9.0f;10.0", False),
+    ],
+)
+def test_sm90_files_are_compiled_for_sm_90a_alone(tmp_path, arches, compiled):
+    table, call, (sources, objects, macros, nvcc, cxx), facts = recorded_build(tmp_path, arches)
+    hopper = {f"csrc/cuda/{file.name}" for file in (ROOT / "csrc" / "cuda").glob("*sm90*.cu")}
+    assert not hopper.intersection(sources) and "csrc/cuda/conv2d_tiled.cu" in sources
+    assert table.startswith("kernels  " + ("yes: for sm_90a" if compiled else "no: the arch list"))
+    assert facts["hopper_kernels"] is compiled
+    assert (["FASTCONV_SM90A", None] in macros) is compiled
+    # torch adds TORCH_CUDA_ARCH_LIST's flags only where no flag has these letters in it.
+    assert not [flag for flag in nvcc if "arch" in flag]
+    assert f'-DFASTCONV_CUDA_ARCHES="{arches or "8.0;9.0+PTX"}"' in cxx
+    if not compiled:
+        assert call is None and objects == []
+        return
+    assert set(call[0]) == hopper and call[1] == "sm_90a" and call[2] == macros
+    assert [f for f in call[3] if "arch" in f] == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert objects == ["hopper.o"]
+
+
+def test_native_is_what_the_cards_are(decisions, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    for cards, arches in [([(9, 0), (8, 0), (9, 0)], "8.0;9.0"), ([], "8.0;9.0+PTX")]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: len(cards))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, cards=cards: cards[i])
+        assert decisions.decide_arches(torch) == arches
+
+
+def test_a_build_without_cuda_has_no_hopper_kernels(decisions, monkeypatch):
+    monkeypatch.setenv("FASTCONV_CUDA", "0")
+    plan = decisions.Plan()
+    assert not plan.hopper.build
+    assert "Hopper kernels  no: no CUDA kernels are built" in plan.table("1.2.3")
+    assert plan.facts("1.2.3", "abc", "def")["hopper_kernels"] is None
+
+
+def test_one_file_decides_which_rows_a_build_has():
+    """csrc/cuda/table.cpp, by a macro that the emulator defines as a build for Hopper does."""
+    cuda = ROOT / "csrc" / "cuda"
+    having = [f.name for f in cuda.rglob("*.*") if "FASTCONV_SM90A" in f.read_text()]
+    assert having in ([], ["table.cpp"])
+    assert "-DFASTCONV_SM90A" in (ROOT / "fastconv" / "emulator.py").read_text()
+
+
 def test_plan_and_table(decisions, monkeypatch):
     monkeypatch.setenv("FASTCONV_CUDA", "0")
     monkeypatch.setenv("MAX_JOBS", "3")

@@ -277,7 +277,7 @@ def test_the_cache_is_used(monkeypatch):
 def test_where_the_cache_is(monkeypatch, tmp_path, variable):
     monkeypatch.delenv("FASTCONV_CACHE", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
-    assert emulator._cache().is_relative_to(tmp_path)
+    assert emulator.cache().is_relative_to(tmp_path)
 
 
 PROGRAM = """

@@ -54,6 +54,22 @@ def test_faults_end_the_build(fault, tmp_path):
     assert len(kernels) == 2
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register "
+        "count at entry.",
+        "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "insufficient register resources for the wgmma pipeline in the function '_Z1kPfi'",
+    ],
+)
+def test_what_ptxas_calls_a_loss_ends_the_build_though_it_is_no_warning(said, tmp_path):
+    log = f"ptxas info    : {said}\n" * 2 + words(MAX_POOL, "sm_90a", 168)
+    done, kernels = run(tmp_path, log)
+    assert done.returncode == 1 and len(kernels) == 1
+    assert done.stdout.count(said.partition(": ")[2]) == 1 and "1 losses" in done.stdout
+
+
 def test_shared_memory_is_read(tmp_path):
     _, kernels = run(tmp_path, words("_Z1fv", "sm_90a", 32, rest=", 1024 bytes smem"))
     assert kernels[0]["static_shared"] == 1024 and kernels[0]["threads"] is None

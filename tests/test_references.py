@@ -126,6 +126,8 @@ def test_extended_batch_norm_is_float64_and_more(training):
         ("resnet50", 4087.1, 53),
         ("resnet101", 7799.4, 104),
         ("resnet152", 11511.6, 155),
+        ("resnext50", 4228.4, 53),
+        ("mobilenet_v2", 299.5, 52),
         ("lenet5", 0.3576, 2),
     ],
 )

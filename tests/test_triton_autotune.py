@@ -162,15 +162,15 @@ def test_problems_known_before_the_block_are_timed_too(tuning):
 
 def test_the_block_holds_for_other_threads_and_ends(tuning):
     with triton_kernels.autotune(), triton_kernels.autotune(seconds=7):
-        assert autotune._seconds() == 7
+        assert autotune.seconds_asked() == 7
         thread = threading.Thread(target=pool)
         thread.start()
         thread.join()
     assert tuning.rounds
-    assert autotune._seconds() == 0
+    assert autotune.seconds_asked() == 0
     with pytest.raises(ZeroDivisionError), triton_kernels.autotune():
         1 / 0  # noqa: B018
-    assert autotune._seconds() == 0
+    assert autotune.seconds_asked() == 0
     with pytest.raises(ValueError, match="positive"), triton_kernels.autotune(seconds=0):
         pass
 
@@ -224,7 +224,7 @@ def test_a_configuration_that_cannot_run_is_dropped(tuning):
 def test_nothing_is_timed_while_a_graph_is_captured(tuning, monkeypatch):
     with triton_kernels.autotune():
         with monkeypatch.context() as capture:
-            capture.setattr(autotune, "_is_captured", lambda device: True)
+            capture.setattr(autotune, "is_captured", lambda device: True)
             pool()
             assert tuning.prepared == [None]
         pool()
@@ -388,7 +388,7 @@ def _write_many(folder, writer):
     os.environ["FASTCONV_CACHE"] = str(folder)
     for i in range(20):
         launch = dict.fromkeys(autotune._IDENTITY, f"{writer} {i}") | {"problem": {}}
-        autotune._remember(launch, configs()[0], 1.0)
+        autotune.remember(launch, configs()[0], 1.0)
 
 
 def test_processes_lose_nothing_of_each_other(tuning, tmp_path):

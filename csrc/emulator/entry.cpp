@@ -5,6 +5,7 @@
 
 #include "core/kernel_table.h"
 #include "emulator/launch.h"
+#include "emulator/mma.h"
 
 namespace fastconv {
 namespace {
@@ -61,6 +62,10 @@ FASTCONV_EXPORT void fastconv_emulator_set_seed(uint64_t seed) {
 }
 
 FASTCONV_EXPORT uint64_t fastconv_emulator_seed() { return fastconv::emulator::seed(); }
+
+FASTCONV_EXPORT void fastconv_emulator_set_truncation(bool on) {
+  fastconv::emulator::set_truncation(on);
+}
 
 FASTCONV_EXPORT void fastconv_emulator_start_log() { fastconv::emulator::start_log(); }
 

@@ -1,6 +1,7 @@
 // Warp-wide matrix instructions: their register layouts, and the arithmetic of tensor cores.
 #include "emulator/mma.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -94,6 +95,20 @@ float element_of(MmaType type, const uint32_t* registers, int i) {
   return type == MmaType::kBFloat16 ? float_of_bits(bits << 16) : half_values()[bits];
 }
 
+namespace {
+
+std::atomic<bool> truncates{false};
+
+float rounded(double x, bool towards_zero) {
+  const float nearest = static_cast<float>(x);
+  if (!towards_zero || !(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;
+  return std::nextafter(nearest, 0.0f);
+}
+
+}  // namespace
+
+void set_truncation(bool on) { truncates = on; }
+
 void multiply_add(int rows, int columns, int k, const float* a, const float* b, float* d) {
   // Vectors by hand: the emulator is compiled for speed of compiling, and this is its inner loop.
   using Four = double __attribute__((vector_size(32)));
@@ -101,6 +116,7 @@ void multiply_add(int rows, int columns, int k, const float* a, const float* b, 
   constexpr int kMostColumns = 256;
   Four sum[kMostColumns / 4];
   const int fours = columns / 4;
+  const bool truncating = truncates;
   for (int row = 0; row < rows; ++row) {
     for (int j = 0; j < fours; ++j) sum[j] = Four{};
     for (int i = 0; i < k; ++i) {
@@ -113,7 +129,7 @@ void multiply_add(int rows, int columns, int k, const float* a, const float* b, 
     }
     for (int j = 0; j < fours; ++j) {
       float* const to = d + row * columns + 4 * j;
-      for (int e = 0; e < 4; ++e) to[e] = static_cast<float>(sum[j][e] + to[e]);
+      for (int e = 0; e < 4; ++e) to[e] = rounded(sum[j][e] + to[e], truncating);
     }
   }
 }

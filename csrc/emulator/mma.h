@@ -18,10 +18,10 @@ uint32_t round_to_tf32(float x);
 float element_of(MmaType type, const uint32_t* registers, int i);
 
 // d [rows x columns] += a [rows x k] * b [k x columns], all dense, columns a multiple of 4 and
-// at most 256. Products of such elements are
-// exact in float64; those of one instruction and the accumulator are added in float64 and rounded
-// to float32 once, to nearest. Hardware keeps fewer bits and may truncate: code that depends on
-// either is wrong.
+// at most 256. Products of such elements are exact in float64; those of one instruction and the
+// accumulator are added in float64 and rounded to float32 once: to nearest, or, since hardware may,
+// towards zero where set_truncation() asks for that. Code that depends on either is wrong.
+void set_truncation(bool on);
 void multiply_add(int rows, int columns, int k, const float* a, const float* b, float* d);
 
 }  // namespace emulator

@@ -13,6 +13,7 @@
 
 #include "torch/activation.h"
 #include "torch/arguments.h"
+#include "torch/autotune.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
 #include "torch/ops.h"
@@ -47,12 +48,18 @@ Conv2dProblem make_problem(at::IntArrayRef input_size, at::IntArrayRef weight_si
   p.dtype = dtype_of(like);
   p.layout = layout_of(channels_last);
   p.filter_layout = layout_of(filter_channels_last);
-  p.tf32 = like.is_cuda() && p.dtype == DType::kFloat32 && conv_may_use_tf32();
+  p.tf32 = may_use_tf32(like);
   return p;
 }
 
 const Conv2dKernel* pick_conv2d(Direction direction, const Conv2dProblem& p, const Tensor& like) {
+  if (const Conv2dKernel* row = measured_row(direction, p, like)) return row;
   return pick(kernel_table().conv2d, "conv2d", direction, p, like);
+}
+
+void launch_conv2d(const Conv2dKernel& row, const Conv2dProblem& p, const Conv2dArgs& args,
+                   const Tensor& like) {
+  launch(settled_row(row, p, args, like), p, args, like);
 }
 
 Tensor empty_output(const Conv2dProblem& p, const Tensor& like, bool channels_last) {
@@ -82,7 +89,7 @@ void run_forward(const Conv2dKernel& row, const Conv2dProblem& p, const Tensor& 
   args.out = out.mutable_data_ptr();
   args.mean_out = mean.defined() ? mean.mutable_data_ptr() : nullptr;
   args.var_out = var.defined() ? var.mutable_data_ptr() : nullptr;
-  launch(row, p, args, out);
+  launch_conv2d(row, p, args, out);
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -170,7 +177,7 @@ Tensor conv2d_dgrad(const Tensor& grad, const Tensor& weight, SymIntArrayRef inp
   args.grad = dy.const_data_ptr();
   args.filter = w.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  launch(*row, p, args, out);
+  launch_conv2d(*row, p, args, out);
   return out;
 }
 
@@ -199,7 +206,7 @@ Tensor conv2d_wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weig
   args.grad = dy.const_data_ptr();
   args.input = x.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  launch(*row, p, args, out);
+  launch_conv2d(*row, p, args, out);
   return out;
 }
 
@@ -222,7 +229,7 @@ Tensor conv2d_bgrad(const Tensor& grad) {
   Conv2dArgs args;
   args.grad = dy.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  launch(*row, p, args, out);
+  launch_conv2d(*row, p, args, out);
   return out;
 }
 
@@ -286,7 +293,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   args.shift = shift.const_data_ptr();
   args.residual = residual ? z.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
-  launch(*row, p, args, out);
+  launch_conv2d(*row, p, args, out);
   return out;
 }
 
@@ -475,7 +482,10 @@ Explanation explain_conv2d(Direction direction, const Tensor& input, const Tenso
   const Device device = machine_of(input);
   const Conv2dKernel* row = choose(kernel_table().conv2d, "conv2d", direction, p, device,
                                    current_selection(), &explanation.candidates);
-  if (row != nullptr) {
+  if (const Conv2dKernel* measured = measured_row(direction, p, input)) {
+    explanation.chosen = measured->name;
+    explanation.reason = "the fastest when it was measured";
+  } else if (row != nullptr) {
     explanation.chosen = row->name;
   } else {
     explanation.reason =

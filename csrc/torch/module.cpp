@@ -9,6 +9,7 @@
 #include "core/arches.h"
 #include "cpu/isa.h"
 #include "torch/arguments.h"
+#include "torch/autotune.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
 #include "torch/precision.h"
@@ -134,7 +135,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_emulator", &load_emulator);
   m.def("refuse_architecture", &refuse_architecture);
   m.def("conv_may_use_tf32", &conv_may_use_tf32);
+  m.def("set_tf32_on_cpu", [](bool allowed) { return tf32_on_cpu.exchange(allowed); });
   bind_triton(m);
+  bind_autotune(m);
   m.def("cpu_isa", [] { return std::string(name_of(host_isa())); });
 #ifdef FASTCONV_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 
@@ -24,5 +26,14 @@ inline bool ask_for_conv(bool (at::Context::*allows)(const std::string&) const) 
 // torch.backends.cudnn.allow_tf32): what ATen asks before it calls cuDNN. Asked for one operation,
 // it does not mind which of the two was set last.
 inline bool conv_may_use_tf32() { return detail::ask_for_conv(&at::Context::allowTF32CuDNN); }
+
+// Whether the switches hold for CPU tensors, too: for a GPU's kernels that run in the emulator or
+// in Triton's interpreter. A user of either wants float32 unless told otherwise, and torch's switch
+// is on at first.
+inline std::atomic<bool> tf32_on_cpu{false};
+
+inline bool may_use_tf32(const at::Tensor& like) {
+  return like.scalar_type() == at::kFloat && (like.is_cuda() || tf32_on_cpu) && conv_may_use_tf32();
+}
 
 }  // namespace fastconv

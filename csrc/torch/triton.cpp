@@ -1,7 +1,5 @@
 #include "torch/triton.h"
 
-#include <torch/csrc/Exceptions.h>
-
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -10,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "torch/fields.h"
+#include "torch/python.h"
 #include "triton/table.h"
 
 namespace py = pybind11;
@@ -22,18 +22,6 @@ std::atomic<PyObject*> launcher{nullptr};        // launch(row, problem, pointer
 std::atomic<PyObject*> gpu_properties{nullptr};  // (sm_arch, sm_count, shared_memory) of an index
 std::atomic<bool> interpreted{false};            // TRITON_INTERPRET=1
 std::atomic<const char*> refusal{"Triton is not installed"};  // where no launcher is
-
-// The Python error that is set, as torch carries one from any thread to the user: as itself.
-[[noreturn]] void throw_python_error() {
-  python_error error;
-  error.persist();
-  throw std::move(error);
-}
-
-py::object steal(PyObject* made) {
-  if (made == nullptr) throw_python_error();
-  return py::reinterpret_steal<py::object>(made);
-}
 
 // ---- what Python is told of a call: the fields of fastconv/triton_kernels/problem.py ----
 
@@ -87,30 +75,7 @@ bool aligned(const Args& args) {
 
 template <class Visitor>
 void visit_problem(const Conv2dProblem& p, const Conv2dArgs& args, Visitor& visit) {
-  visit("N", p.N);
-  visit("C", p.C);
-  visit("H", p.H);
-  visit("W", p.W);
-  visit("K", p.K);
-  visit("R", p.R);
-  visit("S", p.S);
-  visit("stride_h", p.stride_h);
-  visit("stride_w", p.stride_w);
-  visit("pad_h", p.pad_h);
-  visit("pad_w", p.pad_w);
-  visit("dil_h", p.dil_h);
-  visit("dil_w", p.dil_w);
-  visit("G", p.G);
-  visit("dtype", name_of(p.dtype));
-  visit("layout", name_of(p.layout));
-  visit("filter_layout", name_of(p.filter_layout));
-  visit("tf32", p.tf32);
-  visit("scale", p.epilogue.scale);
-  visit("shift", p.epilogue.shift);
-  visit("residual", p.epilogue.residual);
-  visit("activation", name_of(p.epilogue.activation));
-  visit("slope", p.epilogue.slope);
-  visit("statistics", p.epilogue.statistics);
+  visit_fields(p, visit);
   visit("aligned", aligned(args));
 }
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import fastconv.functional
-from fastconv.benchmarking.peers import LAYOUTS, Comparison, _assert_close
+from fastconv.benchmarking.peers import LAYOUTS, Comparison, assert_close
 from fastconv.benchmarking.shapes import NETWORKS, ConvShape, network
 from fastconv.benchmarking.timing import time_interleaved
 
@@ -29,7 +29,16 @@ def layers_of(names, batch: int) -> dict[str, ConvShape]:
     return found
 
 
-def _call(conv2d, direction: str, layer: ConvShape, x, w, grad):
+def layer_tensors(layer: ConvShape, dtype=torch.float32, device="cpu"):
+    """Input, filter and output gradient: normal numbers, the same each time."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(size, generator=generator, device=device).to(dtype)
+        for size in (layer.input, layer.weight, layer.output)
+    ]
+
+
+def direction_call(conv2d, direction: str, layer: ConvShape, x, w, grad):
     """A function of no arguments that computes one direction through `conv2d`'s autograd."""
     if direction == "fprop":
 
@@ -59,18 +68,14 @@ def layer_ways(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, but got {direction!r}")
-    generator = torch.Generator().manual_seed(0)
-    x, w, grad = (
-        torch.randn(size, generator=generator).to(device, dtype)
-        for size in (layer.input, layer.weight, layer.output)
-    )
+    x, w, grad = layer_tensors(layer, dtype, device)
     ways = {}
     for layout, memory_format in LAYOUTS.items():
         for side, conv2d in (("ours", fastconv.functional.conv2d), ("theirs", F.conv2d)):
             copies = (t.clone(memory_format=memory_format) for t in (x, w, grad))
-            ways[side, layout] = _call(conv2d, direction, layer, *copies)
+            ways[side, layout] = direction_call(conv2d, direction, layer, *copies)
         what = f"{layer.name} {direction} {layout}"
-        _assert_close(what, ways["ours", layout](), ways["theirs", layout](), TOLERANCE)
+        assert_close(what, ways["ours", layout](), ways["theirs", layout](), TOLERANCE)
     return ways
 
 

@@ -46,7 +46,7 @@ class Disagreement(AssertionError):
     """Two ways that should compute the same do not: a time would mean nothing."""
 
 
-def _assert_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
     if got.shape != expected.shape:
         raise Disagreement(f"{what}: shape {tuple(got.shape)}, not {tuple(expected.shape)}")
     error = (got.double() - expected.double()).abs().max().item()
@@ -110,12 +110,12 @@ def assert_same(
     """
     got, expected = (_step(work, model, images, labels)() for model in (ours, theirs))
     if work == "inference":
-        _assert_close("scores", got, expected, tolerance)
+        assert_close("scores", got, expected, tolerance)
         return
-    _assert_close("loss", got, expected, tolerance)
+    assert_close("loss", got, expected, tolerance)
     parameters = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        _assert_close(f"gradient of {name}", parameter.grad, parameters[name].grad, tolerance)
+        assert_close(f"gradient of {name}", parameter.grad, parameters[name].grad, tolerance)
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,11 @@ class Network:
     pools: list[PoolShape] = field(default_factory=list)
     norms: list[NormShape] = field(default_factory=list)
 
-    def conv(self, name: str, K: int, kernel, stride=1, padding=0) -> Network:
+    def conv(self, name: str, K: int, kernel, stride=1, padding=0, groups=1) -> Network:
         R, S = _pair(kernel)
         layer = ConvShape(
-            name, self.N, self.C, self.H, self.W, K, R, S, _pair(stride), _pair(padding)
+            *(name, self.N, self.C, self.H, self.W, K, R, S, _pair(stride), _pair(padding)),
+            groups=groups,
         )
         self.convs.append(layer)
         self.C, self.H, self.W = K, layer.P, layer.Q
@@ -305,12 +306,15 @@ _RESNET_DEPTHS = {
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
+    "resnext50": (3, 4, 6, 3),
 }
 
 
 def _resnet(name: str, N: int) -> Network:
-    """Stride on the 3x3 of a bottleneck, as torchvision has it."""
+    """Stride on the 3x3 of a bottleneck, as torchvision has it. ResNeXt-50 (32x4d): that 3x3 is
+    twice as wide, in 32 groups."""
     basic = name in ("resnet18", "resnet34")
+    wider, groups = (2, 32) if name.startswith("resnext") else (1, 1)
     net = Network(name, 3, 224, 224, N, batch_norm=True)
     net.conv("stem", 64, 7, 2, 3).pool("pool", 3, 2, 1)
     for stage, depth in enumerate(_RESNET_DEPTHS[name], start=1):
@@ -322,13 +326,34 @@ def _resnet(name: str, N: int) -> Network:
                 net.conv(f"layer{stage}.conv1", width, 3, stride, 1)
                 net.conv(f"layer{stage}.conv2", width, 3, 1, 1)
             else:
-                net.conv(f"layer{stage}.conv1", width, 1)
-                net.conv(f"layer{stage}.conv2", width, 3, stride, 1)
+                net.conv(f"layer{stage}.conv1", wider * width, 1)
+                net.conv(f"layer{stage}.conv2", wider * width, 3, stride, 1, groups)
                 net.conv(f"layer{stage}.conv3", 4 * width, 1)
             if stride != 1 or entry[0] != net.C:
                 K, (net.C, net.H, net.W) = net.C, entry
                 net.conv(f"layer{stage}.downsample", K, 1, stride)
     return net.adaptive_pool("avgpool", 1)
+
+
+# Expansion, filters, blocks and first stride of each stage.
+_MOBILENET_STAGES = (
+    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+)
+
+
+def _mobilenet_v2(N: int) -> Network:
+    """Inverted residuals: 1x1 to many channels, depthwise 3x3, 1x1 back to few."""
+    net = Network("mobilenet_v2", 3, 224, 224, N, batch_norm=True).conv("stem", 32, 3, 2, 1)
+    for stage, (expansion, K, depth, first_stride) in enumerate(_MOBILENET_STAGES, start=1):
+        for block in range(depth):
+            wide = expansion * net.C
+            if expansion != 1:
+                net.conv(f"stage{stage}.expand", wide, 1)
+            stride = first_stride if block == 0 else 1
+            net.conv(f"stage{stage}.depthwise", wide, 3, stride, 1, groups=wide)
+            net.conv(f"stage{stage}.project", K, 1)
+    return net.conv("head", 1280, 1).adaptive_pool("avgpool", 1)
 
 
 NETWORKS: dict[str, Callable[[int], Network]] = {
@@ -341,6 +366,7 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
     **{f"{name}_bn": lambda N, name=name: _vgg(name, N, True) for name in _VGG_STAGES},
     "googlenet": _googlenet,
     **{name: lambda N, name=name: _resnet(name, N) for name in _RESNET_DEPTHS},
+    "mobilenet_v2": _mobilenet_v2,
 }
 
 

@@ -52,7 +52,7 @@ def autotune(seconds: float = SECONDS):
 _blocks: list[float] = []
 
 
-def _seconds() -> float:
+def seconds_asked() -> float:
     """How long a launch may spend on measuring; 0: nobody has asked."""
     asked = os.environ.get("FASTCONV_AUTOTUNE", "")
     if asked == "0":
@@ -76,7 +76,7 @@ def settle(row: str, fields: tuple, pointers: tuple, device: int) -> bool:
     Returns:
         Whether nothing is left to be measured.
     """
-    seconds = _seconds()
+    seconds = seconds_asked()
     if not seconds:
         return True
     from fastconv.triton_kernels import runtime, table
@@ -86,7 +86,7 @@ def settle(row: str, fields: tuple, pointers: tuple, device: int) -> bool:
     timer_of = _timer_for(device)
     if timer_of is None or len(configs) < 2 or stored_choice(kernel, problem, device) is not None:
         return True
-    if _is_captured(device):  # into a graph, which would hold every launch
+    if is_captured(device):  # into a graph, which would hold every launch
         return False
     runners = _unfinished.setdefault((row, fields, device), {})
     until = _clock() + seconds / 2
@@ -99,11 +99,11 @@ def settle(row: str, fields: tuple, pointers: tuple, device: int) -> bool:
     times = _measure(runners, pointers, timer_of(), seconds / 2)
     if times:
         fastest = min(times, key=times.get)
-        _remember(_launch_of(kernel, problem, device), fastest, times[fastest])
+        remember(_launch_of(kernel, problem, device), fastest, times[fastest])
     return True
 
 
-def _is_captured(device: int) -> bool:
+def is_captured(device: int) -> bool:
     return device >= 0 and torch.cuda.is_current_stream_capturing()
 
 
@@ -133,10 +133,10 @@ def _measure(runners: dict, pointers: tuple, timer, seconds: float) -> dict:
 def _timer_for(device: int):
     """What makes a timer for a GPU: a function of calls, that gives the microseconds of each. None
     for the interpreter, whose times say nothing."""
-    return None if device < 0 else functools.partial(_GpuTimer, device)
+    return None if device < 0 else functools.partial(GpuTimer, device)
 
 
-class _GpuTimer:
+class GpuTimer:
     """By CUDA events, on the current stream. Before each call as much memory is written as empties
     L2 twice: in a net, others' tensors are there; and the GPU is busy until the call is queued."""
 
@@ -217,12 +217,17 @@ def _fields_of(config) -> dict:
     return json.loads(json.dumps({k: v for k, v in config._asdict().items() if k != "why"}))
 
 
-def _remember(launch: dict, config, microseconds: float) -> None:
+def remember(launch: dict, config, microseconds: float) -> None:
     record = launch | {"config": _fields_of(config), "microseconds": round(microseconds, 3)}
     path, key = _file(), _key(launch)
     _choices_in(path)[key] = record
     _unwritten.setdefault(path, {})[key] = record
     _write(path)
+
+
+def records() -> list[dict]:
+    """All that is remembered, of whatever version, device and problem."""
+    return list(_choices_in(_file()).values())
 
 
 def _choices_in(path: Path) -> dict[str, dict]:
@@ -260,7 +265,7 @@ def _open_without_waiting(path, flags):
 
 
 def _is_choice(record) -> bool:
-    """One that `_remember` may have made: flat, for what is nested deeply cannot be written."""
+    """One that `remember` may have made: flat, for what is nested deeply cannot be written."""
     if not isinstance(record, dict) or record.keys() != {*_IDENTITY, "config", "microseconds"}:
         return False
     nested = record["problem"], record["config"]

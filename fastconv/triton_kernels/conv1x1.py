@@ -23,6 +23,7 @@ import triton.language as tl
 from fastconv.triton_kernels.epilogue import (
     activate,
     epilogue_constants,
+    epilogue_pointers,
     finish,
     merge_statistics,
     scaled,
@@ -40,12 +41,11 @@ from fastconv.triton_kernels.problem import (
     strides_of,
 )
 from fastconv.triton_kernels.tiles import (
-    BAND,
     Tile,
-    accumulator,
     choose_tile,
     dot,
-    precision,
+    step_depth,
+    tile_constants,
     tiles_for,
     walk,
 )
@@ -210,12 +210,6 @@ def product_of(p: Conv2dProblem, direction: str) -> Product:
     return Product("grad", p.K, p.C, False)
 
 
-def depth_of(p: Conv2dProblem, tile: Tile, D: int) -> int:
-    """Elements of the depth in a step: no more than there are, and no less than tl.dot takes."""
-    most = 32 if is_scattered(p) else tile.depth(p.dtype)
-    return max(16, min(most, triton.next_power_of_2(D)))
-
-
 def choose_from(tiles, p: Conv2dProblem, product: Product, device: Device) -> Tile:
     return choose_tile(tiles, p.N * p.P * p.Q, product.J, 1, device)
 
@@ -249,23 +243,19 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None, *, direct
     per_image = p.layout == "NCHW"
     M = p.P * p.Q * (1 if per_image else p.N)
     tiles_m = ceil_div(M, tile.rows) * (p.N if per_image else 1)
-    depth = depth_of(p, tile, product.D)
+    depth = step_depth(product.D, tile, p.dtype, is_scattered(p))
     src_n, src_d, src_h, src_w = strides_of(p.layout, product.D, p.H, p.W)
     out_n, out_j, _, out_m = strides_of(p.layout, product.J, p.P, p.Q)
     sums = accumulator_of(p.dtype)
-    absent = Pointer("out", p.dtype)
     main = Launch(
         conv1x1_kernel,
         (tiles_m * ceil_div(product.J, tile.columns),),
         (
             Pointer(product.source, p.dtype),
             Pointer("filter", p.dtype),
-            Pointer("scale", sums) if p.scale else absent,
-            Pointer("shift", sums) if p.shift else absent,
-            Pointer("residual", p.dtype) if p.residual else absent,
+            *epilogue_pointers(p, "scale", "shift", "residual"),
             Pointer("out", p.dtype),
-            Pointer("means", sums) if p.statistics else absent,
-            Pointer("squares", sums) if p.statistics else absent,
+            *epilogue_pointers(p, "means", "squares"),
             Step(M) if per_image else M,
             tiles_m,
             Step(product.J),
@@ -279,7 +269,8 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None, *, direct
             "STRIDED": p.stride_h > 1 or p.stride_w > 1,
             "WHOLE": product.D % depth == 0,
             **epilogue_constants(p),
-            **_tile_constants(p, device, tile, depth),
+            "STATISTICS": p.statistics,
+            **tile_constants(p, device, tile, depth),
             "WIDE": is_wide(p),
         },
         **tile.options(device),
@@ -288,17 +279,6 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None, *, direct
         return Plan((main,))
     merge, partials = merge_statistics(tiles_m, tile.rows, M, p.N * p.P * p.Q, product.J, sums)
     return Plan((main, merge), partials)
-
-
-def _tile_constants(p: Conv2dProblem, device: Device, tile: Tile, depth: int) -> dict:
-    return {
-        "PRECISION": precision(p.dtype, p.tf32, device),
-        "ACCUMULATOR": accumulator(p.dtype),
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": depth,
-        "BAND": BAND,
-    }
 
 
 # --- by TMA ---------------------------------------------------------------------------------------
@@ -323,9 +303,7 @@ def tma_plan(
     tile = config or choose_from(tma_configs_for(p, device), p, product, device)
     M = p.N * p.P * p.Q
     tiles_m = ceil_div(M, tile.rows)
-    depth = depth_of(p, tile, product.D)
-    sums = accumulator_of(p.dtype)
-    absent = Pointer("out", p.dtype)
+    depth = step_depth(product.D, tile, p.dtype, is_scattered(p))
 
     def rows_of(name: str, rows: int, columns: int, block: tuple[int, int]) -> Descriptor:
         return Descriptor(name, p.dtype, (rows, columns), (columns, 1), block)
@@ -340,16 +318,15 @@ def tma_plan(
             rows_of("filter", p.K, p.C, block),
             out._replace(name="residual") if p.residual else out,
             out,
-            Pointer("scale", sums) if p.scale else absent,
-            Pointer("shift", sums) if p.shift else absent,
+            *epilogue_pointers(p, "scale", "shift"),
             tiles_m,
             Step(product.J),
             Step(product.D),
         ),
         {
             "TRANSPOSED": product.transposed,
-            **{k: v for k, v in epilogue_constants(p).items() if k != "STATISTICS"},
-            **_tile_constants(p, device, tile, depth),
+            **epilogue_constants(p),
+            **tile_constants(p, device, tile, depth),
         },
         **tile.options(device),
     )

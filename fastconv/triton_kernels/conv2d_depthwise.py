@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fastconv.triton_kernels.conv2d_wgrad import add_splits, next_pixels
-from fastconv.triton_kernels.epilogue import activate, epilogue_constants
+from fastconv.triton_kernels.epilogue import activate, epilogue_constants, epilogue_pointers
 from fastconv.triton_kernels.layout import Source, fills_lines
 from fastconv.triton_kernels.plan import Launch, Plan, Pointer, Row, Step
 from fastconv.triton_kernels.problem import (
@@ -376,17 +376,13 @@ def fprop_plan(p: Conv2dProblem, device: Device, config: Config | None = None) -
     filter = filter_source(p)
     flt_k, flt_tap = filter_strides(p, filter)
     out_n, out_k, _, out_m = strides_of(p.layout, p.K, p.P, p.Q)
-    sums = accumulator_of(p.dtype)
-    absent = Pointer("out", p.dtype)
     main = Launch(
         conv2d_depthwise_fprop_kernel,
         (blocks,),
         (
             Pointer("input", p.dtype),
             filter.pointer,
-            Pointer("scale", sums) if p.scale else absent,
-            Pointer("shift", sums) if p.shift else absent,
-            Pointer("residual", p.dtype) if p.residual else absent,
+            *epilogue_pointers(p, "scale", "shift", "residual"),
             Pointer("out", p.dtype),
             *(p.N, p.Q, Step(p.P * p.Q), p.H, p.W, Step(p.K)),
             *(p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w),
@@ -399,7 +395,7 @@ def fprop_plan(p: Conv2dProblem, device: Device, config: Config | None = None) -
             "UNROLL": unrolled(p, p.R * p.S),
             "MULTIPLIER": p.K // p.C,
             "CHANNELS_LAST": p.layout == "NHWC",
-            **{k: v for k, v in epilogue_constants(p).items() if k != "STATISTICS"},
+            **epilogue_constants(p),
             "ACCUMULATOR": accumulator(p.dtype),
             "PIXELS": shape.pixels,
             "CHANNELS": shape.channels,

@@ -24,12 +24,11 @@ from fastconv.triton_kernels.layout import Source, fills_lines
 from fastconv.triton_kernels.plan import Launch, Plan, Pointer, Row, Step
 from fastconv.triton_kernels.problem import Conv2dProblem, Device, ceil_div, is_wide, strides_of
 from fastconv.triton_kernels.tiles import (
-    BAND,
     Tile,
-    accumulator,
     choose_tile,
     dot,
-    precision,
+    step_depth,
+    tile_constants,
     tiles_for,
     walk,
 )
@@ -216,10 +215,9 @@ def is_scattered(p: Conv2dProblem) -> bool:
 
 
 def depth_of(p: Conv2dProblem, tile: Tile) -> int:
-    """Elements of the depth in a step, as in fprop."""
+    """Elements of the depth in a step."""
     there = p.K // p.G * (p.R * p.S if is_flat(p) else 1)
-    most = 32 if is_scattered(p) else tile.depth(p.dtype)
-    return max(16, min(most, triton.next_power_of_2(there)))
+    return step_depth(there, tile, p.dtype, is_scattered(p))
 
 
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
@@ -283,12 +281,7 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None) -> Plan:
             "PER_IMAGE": per_image,
             "FLAT": is_flat(p),
             "WHOLE": K_group % depth == 0,
-            "PRECISION": precision(p.dtype, p.tf32, device),
-            "ACCUMULATOR": accumulator(p.dtype),
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": depth,
-            "BAND": BAND,
+            **tile_constants(p, device, tile, depth),
             "WIDE": is_wide(p),
         },
         **tile.options(device),

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fastconv.triton_kernels.epilogue import (
     epilogue_constants,
+    epilogue_pointers,
     finish,
     merge_statistics,
     statistics_of_tile,
@@ -34,12 +35,11 @@ from fastconv.triton_kernels.problem import (
     strides_of,
 )
 from fastconv.triton_kernels.tiles import (
-    BAND,
     Tile,
-    accumulator,
     choose_tile,
     dot,
-    precision,
+    step_depth,
+    tile_constants,
     tiles_for,
     walk,
 )
@@ -214,10 +214,9 @@ def is_scattered(p: Conv2dProblem) -> bool:
 
 
 def depth_of(p: Conv2dProblem, tile: Tile) -> int:
-    """Elements of the depth in a step: no more than there are, and no less than tl.dot takes."""
+    """Elements of the depth in a step."""
     there = p.C // p.G * (p.R * p.S if is_flat(p) else 1)
-    most = 32 if is_scattered(p) else tile.depth(p.dtype)
-    return max(16, min(most, triton.next_power_of_2(there)))
+    return step_depth(there, tile, p.dtype, is_scattered(p))
 
 
 def configs_for(p: Conv2dProblem, device: Device) -> tuple[Tile, ...]:
@@ -249,19 +248,15 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None) -> Plan:
     filter = Source("filter", p.dtype, p.filter_layout, p.K, C_group, p.R * p.S, copy)
     out_n, out_k, _, out_m = strides_of(p.layout, p.K, p.P, p.Q)
     sums = accumulator_of(p.dtype)
-    absent = Pointer("out", p.dtype)
     main = Launch(
         conv2d_fprop_kernel,
         (tiles_m * ceil_div(K_group, tile.columns) * p.G,),
         (
             x.pointer,
             filter.pointer,
-            Pointer("scale", sums) if p.scale else absent,
-            Pointer("shift", sums) if p.shift else absent,
-            Pointer("residual", p.dtype) if p.residual else absent,
+            *epilogue_pointers(p, "scale", "shift", "residual"),
             Pointer("out", p.dtype),
-            Pointer("means", sums) if p.statistics else absent,
-            Pointer("squares", sums) if p.statistics else absent,
+            *epilogue_pointers(p, "means", "squares"),
             Step(M) if per_image else M,
             *(tiles_m, p.P, p.Q, p.H, p.W, p.K),
             Step(K_group),
@@ -283,12 +278,8 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None) -> Plan:
             "FLAT": is_flat(p),
             "WHOLE": C_group % depth == 0,
             **epilogue_constants(p),
-            "PRECISION": precision(p.dtype, p.tf32, device),
-            "ACCUMULATOR": accumulator(p.dtype),
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": depth,
-            "BAND": BAND,
+            "STATISTICS": p.statistics,
+            **tile_constants(p, device, tile, depth),
             "WIDE": is_wide(p),
         },
         **tile.options(device),

@@ -33,7 +33,7 @@ from fastconv.triton_kernels.problem import (
     is_wide,
     strides_of,
 )
-from fastconv.triton_kernels.tiles import BAND, Tile, accumulator, dot, precision, walk
+from fastconv.triton_kernels.tiles import Tile, dot, tile_constants, walk
 
 
 @triton.jit
@@ -375,12 +375,7 @@ def plan(p: Conv2dProblem, device: Device, config: Tile | None = None) -> Plan:
             "INPUT_LINEAR": x.layout == "NHWC" and same_pixels,
             "PADDED": padded,
             "FLAT": is_flat(p),
-            "PRECISION": precision(p.dtype, p.tf32, device),
-            "ACCUMULATOR": accumulator(p.dtype),
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": depth_of(p, tile),
-            "BAND": BAND,
+            **tile_constants(p, device, tile, depth_of(p, tile)),
             "WIDE": is_wide(p),
         },
         tile.num_warps,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastconv.triton_kernels.plan import Launch, Pointer
-from fastconv.triton_kernels.problem import ITEMSIZE, Conv2dProblem, ceil_div
+from fastconv.triton_kernels.problem import ITEMSIZE, Conv2dProblem, accumulator_of, ceil_div
 
 
 @triton.jit
@@ -124,15 +124,28 @@ def merge_statistics_kernel(
     tl.store(var_out + k, tl.sum(total, axis=0) / total_rows, mask=k < K)
 
 
+def epilogue_pointers(p: Conv2dProblem, *names: str) -> tuple[Pointer, ...]:
+    """What a kernel that calls `finish` and `statistics_of_tile` reads and writes besides `out`;
+    where the problem is without, `out` stands in, which is then not touched."""
+    sums = accumulator_of(p.dtype)
+    there = {
+        "scale": Pointer("scale", sums) if p.scale else None,
+        "shift": Pointer("shift", sums) if p.shift else None,
+        "residual": Pointer("residual", p.dtype) if p.residual else None,
+        "means": Pointer("means", sums) if p.statistics else None,
+        "squares": Pointer("squares", sums) if p.statistics else None,
+    }
+    return tuple(there[name] or Pointer("out", p.dtype) for name in names)
+
+
 def epilogue_constants(p: Conv2dProblem) -> dict:
-    """The constants of a kernel that calls `finish` and `statistics_of_tile`."""
+    """The constants of a kernel that calls `finish`."""
     return {
         "SCALE": p.scale,
         "SHIFT": p.shift,
         "RESIDUAL": p.residual,
         "ACTIVATION": p.activation,
         "SLOPE": p.slope if p.activation == "leaky_relu" else 0.0,
-        "STATISTICS": p.statistics,
     }
 
 

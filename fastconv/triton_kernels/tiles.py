@@ -6,7 +6,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastconv.triton_kernels.problem import ITEMSIZE, Device, accumulator_of, ceil_div
+from fastconv.triton_kernels.problem import (
+    ITEMSIZE,
+    Conv2dProblem,
+    Device,
+    accumulator_of,
+    ceil_div,
+)
 
 BAND = 8  # rows of tiles that share their filters in L2
 
@@ -87,6 +93,25 @@ def precision(dtype: str, tf32: bool, device: Device) -> str:
     if dtype != "float32" or device.backend != "cuda":
         return "ieee"
     return "tf32" if tf32 else "tf32x3"
+
+
+def step_depth(there: int, tile: Tile, dtype: str, scattered: bool) -> int:
+    """Elements of a reduction over `there` in a step: no more than there are, and no less than
+    tl.dot takes. `scattered`: each lane reads single elements, by addresses of its own."""
+    most = 32 if scattered else tile.depth(dtype)
+    return max(16, min(most, triton.next_power_of_2(there)))
+
+
+def tile_constants(p: Conv2dProblem, device: Device, tile: Tile, depth: int) -> dict:
+    """The constants of a kernel that calls `dot` and `walk`."""
+    return {
+        "PRECISION": precision(p.dtype, p.tf32, device),
+        "ACCUMULATOR": accumulator(p.dtype),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": depth,
+        "BAND": BAND,
+    }
 
 
 def accumulator(dtype: str) -> tl.dtype:

@@ -1,0 +1,108 @@
+"""Float32 on tensor cores: TF32 where torch's switches allow it, three products otherwise.
+
+A TF32 row is compared with the float64 result of its rounded operands; a strict one keeps float32's
+contract even where tensor cores round their sums towards zero.
+"""
+
+import pytest
+import torch
+
+import fastconv
+import fastconv.functional as ff
+import references
+import support
+from fastconv.benchmarking.shapes import CONV_EDGES, ConvShape
+
+DIRECTIONS = ("fprop", "dgrad", "wgrad")
+TENSOR_CORES = [
+    row
+    for direction in DIRECTIONS
+    for row in support.rows("conv2d", direction)
+    if row.backend == "emulator" and ("igemm_sm" in row.name or "conv1x1_sm90" in row.name)
+]
+ROWS = [pytest.param(row, id=row.name) for row in TENSOR_CORES]
+SHAPES = [s for s in CONV_EDGES if s.name in (
+    "3x3", "three channels, stem", "64 to 64 channels, 3x3", "64 to 65 channels, 1x1", "stride 2",
+)]  # fmt: skip
+# Sums of 1,152, 1,024 and 64 in fprop, of 288, 64 and 1,024 in dgrad, of 2,500 and 64 in wgrad.
+LONG = (
+    ConvShape("3x3, long", 1, 128, 50, 50, 32, 3, 3, (1, 1), (1, 1)),
+    ConvShape("1x1, long", 1, 1024, 8, 8, 64, 1, 1),
+    ConvShape("1x1, wide", 1, 64, 50, 50, 1024, 1, 1),
+)
+
+pytestmark = pytest.mark.skipif(not TENSOR_CORES, reason="the emulator does not run here")
+
+
+@pytest.fixture
+def allowed():
+    switch = torch.backends.cudnn
+    before = switch.allow_tf32
+    switch.allow_tf32 = True
+    with fastconv.emulator.tf32():
+        yield
+    switch.allow_tf32 = before
+
+
+def to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """To nearest, ties away from zero: half a unit of the tenth bit is added to the magnitude."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def run(row, case, layout="NHWC"):
+    call = lambda: support.run_conv(ff.conv2d, case, layout, layout, want=(row.direction,))  # noqa: E731
+    results, reason = support.forced(row, call)
+    return (None, reason) if reason else (results[row.direction], "")
+
+
+def rounded_reference(case, direction):
+    x, w, grad = (to_tf32(t.float()).double() for t in (case.input, case.weight, case.grad))
+    if direction == "fprop":
+        return references.conv2d(x, w, **case.shape.options)
+    which = ("dgrad", "wgrad").index(direction)
+    return references.conv2d_gradients(x, w, grad, **case.shape.options)[which]
+
+
+@pytest.mark.parametrize("layout", support.FORMATS)
+@pytest.mark.parametrize("row", ROWS)
+def test_allowed_the_operands_are_rounded_and_nothing_else(row, layout, allowed):
+    ran, far = 0, 0
+    for shape in SHAPES:
+        case = support.conv_case(shape, "normal", torch.float32)
+        actual, reason = run(row, case, layout)
+        if reason:
+            continue
+        ran += 1
+        exact, rounded = case.reference[row.direction], rounded_reference(case, row.direction)
+        largest = rounded.abs().max().item()
+        assert support.max_error(actual, rounded) <= 1e-5 * largest, shape.name
+        far += support.max_error(actual, exact) > 1e-5 * largest
+    assert ran
+    assert far, "nothing was rounded: this was not TF32"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_strict_sums_do_not_trust_the_tensor_cores(row):
+    ran = 0
+    with fastconv.emulator.truncation():
+        for shape in LONG:
+            case = support.conv_case(shape, "normal", torch.float32)
+            actual, reason = run(row, case)
+            if reason:
+                continue
+            ran += 1
+            d = row.direction
+            failure = support.contract_failure(actual, case.reference[d], case.peer_error[d])
+            assert not failure, f"{shape.name}: {failure}"
+    assert ran
+
+
+def test_truncation_is_what_it_says(allowed):
+    """Nothing promotes TF32's sums: long ones of positive numbers come out too small."""
+    row = next(r for r in TENSOR_CORES if r.direction == "fprop")
+    x, w = torch.full((1, 512, 6, 6), 1 + 2**-10), torch.full((8, 512, 3, 3), 1 + 2**-10)
+    with fastconv.kernel(row.name):
+        plain = ff.conv2d(x, w)
+        with fastconv.emulator.truncation():
+            truncated = ff.conv2d(x, w)
+    assert (truncated < plain).all()
