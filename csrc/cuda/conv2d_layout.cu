@@ -8,6 +8,7 @@
 // nothing.
 //
 // Rows: where the channels are neighbours already, a thread pads 16 bytes of the copy.
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 
@@ -47,20 +48,32 @@ struct RowParams {
   int channels, units;  // a row
 };
 
+// 16 bytes as one number: of some packs, copied member by member, nvcc forgets the alignment and
+// stores 4 bytes at a time.
+__device__ inline void store_words(void* to, const uint32_t (&words)[4]) {
+  using Whole = unsigned __int128;
+  static_assert(sizeof(Whole) == kPackBytes && alignof(Whole) == kPackBytes, "a pack");
+  *static_cast<Whole*>(to) =
+      Whole{words[0]} | Whole{words[1]} << 32 | Whole{words[2]} << 64 | Whole{words[3]} << 96;
+}
+
 template <class T, bool kSplit>
 __device__ inline void store_unit(T* to, int64_t lo, const Pack<T, kPackSize<T>>& values) {
   if constexpr (kSplit) {
-    Pack<T, kPackSize<T>> high, low;
+    uint32_t high[4], low[4];
 #pragma unroll
-    for (int i = 0; i < kPackSize<T>; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const Tf32Pair pair = split_tf32(values.at[i]);
-      high.at[i] = __uint_as_float(pair.hi);
-      low.at[i] = __uint_as_float(pair.lo);
+      high[i] = pair.hi;
+      low[i] = pair.lo;
     }
-    store_pack(to, high);
-    store_pack(to + lo, low);
+    store_words(to, high);
+    store_words(to + lo, low);
   } else {
-    store_pack(to, values);
+    uint32_t words[4];
+    static_assert(sizeof(words) == sizeof(values), "a pack");
+    memcpy(words, &values, sizeof(words));
+    store_words(to, words);
   }
 }
 
