@@ -7,6 +7,7 @@ void add_cuda_kernels(KernelTable& table) {
   add_cuda_conv2d_depthwise_rows(table);
   add_cuda_conv2d_depthwise_wgrad_rows(table);
   add_cuda_conv2d_tiled_rows(table);
+  add_cuda_conv2d_igemm_sm90_wgrad_rows(table);
   add_cuda_conv2d_tiled_wgrad_rows(table);
   add_cuda_conv2d_direct_fprop_rows(table);
   add_cuda_conv2d_direct_dgrad_rows(table);

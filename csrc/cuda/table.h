@@ -10,6 +10,7 @@ void add_cuda_conv2d_small_channel_rows(KernelTable& table);  // fprop
 void add_cuda_conv2d_depthwise_rows(KernelTable& table);      // fprop and dgrad
 void add_cuda_conv2d_depthwise_wgrad_rows(KernelTable& table);
 void add_cuda_conv2d_tiled_rows(KernelTable& table);  // fprop and dgrad, 1x1 too
+void add_cuda_conv2d_igemm_sm90_wgrad_rows(KernelTable& table);
 void add_cuda_conv2d_tiled_wgrad_rows(KernelTable& table);
 void add_cuda_conv2d_direct_fprop_rows(KernelTable& table);
 void add_cuda_conv2d_direct_dgrad_rows(KernelTable& table);
