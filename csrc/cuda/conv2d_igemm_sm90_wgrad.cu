@@ -13,24 +13,6 @@ namespace {
 
 using namespace sm90_wgrad;
 
-// The partial sums of KRSC results into a KCRS filter: reads in order, writes where they belong.
-constexpr int kReduceThreads = 128;
-template <class T>
-__global__ void __launch_bounds__(kReduceThreads)
-    wgrad_reduce_kcrs_kernel(const float* partials, T* out, int64_t results, int splits,
-                             int channels, int taps) {
-  for (int64_t i = blockIdx.x * int64_t{kReduceThreads} + threadIdx.x; i < results;
-       i += gridDim.x * int64_t{kReduceThreads}) {
-    float sum = 0;
-#pragma unroll 8  // eight loads in flight; the additions stay in order
-    for (int s = 0; s < splits; ++s) sum += partials[s * results + i];
-    const Division by_channel = divide(i, channels);
-    const Division by_tap = divide(by_channel.quotient, taps);
-    out[(by_tap.quotient * channels + by_channel.remainder) * taps + by_tap.remainder] =
-        narrow<T>(sum);
-  }
-}
-
 // What the kernel reads: tensors of the caller, or their copies in the workspace with channels
 // innermost and whole 16-byte units of them.
 struct Operand {
@@ -55,8 +37,7 @@ struct Workspace {
     if (operand_of(p, p.C).copied) {
       input = carve.take(activation_copy_bytes(p.dtype, p.N, p.C, p.H * p.W));
     }
-    const int64_t sums = partial_bytes(plan, p);
-    if (sums > 0) partials = carve.take(sums);
+    if (plan.slots() > 0) partials = carve.take(plan.partial_bytes());
     bytes = carve.bytes();
   }
 };
@@ -99,19 +80,21 @@ Params params_of(const Conv2dProblem& p, const Plan& plan, const Conv2dArgs& arg
                  const Workspace& workspace) {
   Params t = {};
   t.conv = conv_params_of(p, args);
-  t.partials = static_cast<float*>(workspace.partials);
-  t.results = p.filter_elements();
-  t.to = t.partials == nullptr ? t.conv.flt : dense_strides(Layout::kNHWC, p.C / p.G, p.R, p.S);
-  t.vector = t.to.c == 1 && p.C / p.G % 4 == 0;
+  t.slots = static_cast<float*>(workspace.partials);
+  t.vector = t.conv.flt.c == 1 && p.C / p.G % 4 == 0;
   t.tiled = is_tiled(p);
   t.share = plan.share;
-  t.cluster = plan.share == Share::kNothing ? 1 : kPair;
-  t.k_tiles = to_int(plan.k_tiles);
-  t.column_tiles = to_int(plan.column_tiles);
+  t.cluster = plan.cluster();
+  t.k_units = to_int(plan.k_tiles / (plan.share == Share::kInput ? kPair : 1));
+  t.column_units = to_int(plan.column_tiles / (plan.share == Share::kGrad ? kPair : 1));
   t.channel_chunks = to_int(plan.channel_chunks);
   t.chunks = to_int(plan.chunks);
+  t.units = plan.units;
+  t.work = plan.units * plan.unit_steps;
   t.steps = to_int(plan.steps);
-  t.steps_per_split = to_int(plan.steps_per_split);
+  t.unit_steps = to_int(plan.unit_steps);
+  t.worker_steps = to_int(plan.worker_steps);
+  t.pieces = to_int(plan.pieces());
   t.step = pixel_step(kStep, t.conv.P, t.conv.Q);
   return t;
 }
@@ -119,30 +102,19 @@ Params params_of(const Conv2dProblem& p, const Plan& plan, const Conv2dArgs& arg
 constexpr const char* kName = "conv2d_igemm_sm90_wgrad";
 
 template <class Tile>
-void launch_tile(const Params& t, const CUtensorMap& grad, const CUtensorMap& input, int64_t blocks,
-                 void* stream) {
+void launch_tile(const Params& t, const CUtensorMap& grad, const CUtensorMap& input,
+                 int64_t workers, void* stream) {
   SharedCarver carve;
   const Memory<Tile> memory(carve);
-  launch_kernel({kName, blocks, kThreads, stream, carve.bytes(), t.cluster},
+  launch_kernel({kName, workers * t.cluster, kThreads, stream, carve.bytes(), t.cluster},
                 &conv2d_igemm_sm90_wgrad_kernel<Tile>, grad, input, t);
 }
 
 template <class T>
-void reduce(const Conv2dProblem& p, const Params& t, int splits, void* stream) {
-  if (p.filter_layout == Layout::kNHWC) {
-    reduce_partials(kName, p.dtype, t.partials, t.conv.out, t.results, splits, stream);
-    return;
-  }
-  launch_kernel({kName, blocks_for(t.results, kReduceThreads), kReduceThreads, stream},
-                &wgrad_reduce_kcrs_kernel<T>, t.partials, static_cast<T*>(t.conv.out), t.results,
-                splits, t.conv.c_per_group, t.conv.R * t.conv.S);
-}
-
-template <class T>
-void launch_element(const Conv2dProblem& p, const Plan& plan, const Params& t,
-                    const CUtensorMap& grad, const CUtensorMap& input, void* stream) {
+void launch_element(const Plan& plan, const Params& t, const CUtensorMap& grad,
+                    const CUtensorMap& input, void* stream) {
   const auto run = [&](auto tile) {
-    launch_tile<decltype(tile)>(t, grad, input, plan.blocks(), stream);
+    launch_tile<decltype(tile)>(t, grad, input, plan.workers, stream);
   };
   if (plan.tile.rows == 64) {
     run(BlockTile<T, 64, 4>());
@@ -155,7 +127,10 @@ void launch_element(const Conv2dProblem& p, const Plan& plan, const Params& t,
   } else {
     run(BlockTile<T, 128, 1>());
   }
-  if (plan.splits > 1) reduce<T>(p, t, to_int(plan.splits), stream);
+  if (t.slots == nullptr) return;
+  const int64_t quads = plan.units * t.cluster * plan.tile.sums() / 4;
+  launch_kernel({kName, blocks_for(quads, kReduceThreads), kReduceThreads, stream},
+                &wgrad_reduce_kernel<T>, t, plan.tile.rows, plan.tile.chunks);
 }
 
 void launch(const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
@@ -181,9 +156,9 @@ void launch(const Conv2dProblem& p, const Conv2dArgs& args, const Context& conte
       t.tiled ? encode(pixels_map(p.dtype, input, p.N * pixels, C, input_shared))
               : encode(windows_map(p, input, C, input_shared));
   if (p.dtype == DType::kFloat16) {
-    launch_element<__half>(p, plan, t, grad_map, input_map, context.stream);
+    launch_element<__half>(plan, t, grad_map, input_map, context.stream);
   } else {
-    launch_element<__nv_bfloat16>(p, plan, t, grad_map, input_map, context.stream);
+    launch_element<__nv_bfloat16>(plan, t, grad_map, input_map, context.stream);
   }
 }
 
@@ -221,7 +196,7 @@ double cost(const Conv2dProblem& p, const Device& device) {
   // Partial sums and copies are written once and read once.
   double bytes = p.bytes() + 2.0 * static_cast<double>(Workspace(p, plan, nullptr).bytes);
   const int copies = operand_of(p, p.K).copied + operand_of(p, p.C).copied;
-  double launches = 3.0 * (1 + copies + (plan.splits > 1));
+  double launches = 3.0 * (1 + copies + (plan.slots() > 0));
   // Drivers may misread maps of small tensors (tensor_map.h): other rows, soon done, take them.
   const int64_t smallest = std::min(p.N * p.P() * p.Q() * operand_of(p, p.K).channels,
                                     p.N * p.H * p.W * operand_of(p, p.C).channels);

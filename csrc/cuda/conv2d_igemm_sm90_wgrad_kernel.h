@@ -25,21 +25,20 @@ namespace sm90_wgrad {
 
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kPair = 2;  // blocks of a cluster that share something
 constexpr int kHalf = kStep / kPair;
 
 struct Params {
   ConvParams conv;
-  float* partials;  // null: a block has whole sums
-  int64_t results;
-  Strides4 to;  // of the partial sums, or of `out`
-  bool vector;  // four channels there are neighbours and aligned
-  bool tiled;   // the input's map: a 1x1 filter sees the pixels as they lie
+  float* slots;  // partial sums, tiles of rows by columns
+  bool vector;   // four channels of the filter are neighbours and aligned
+  bool tiled;    // the input's map: a 1x1 filter sees the pixels as they lie
   Share share;
   int cluster;
-  int k_tiles, column_tiles, channel_chunks, chunks;
-  int steps, steps_per_split;
-  PixelStep step;  // what kStep pixels on means
+  int k_units, column_units;  // of a group: tiles, or pairs of them
+  int channel_chunks, chunks;
+  int64_t units, work;                          // work: units * unit_steps
+  int steps, unit_steps, worker_steps, pieces;  // as in Plan
+  PixelStep step;                               // what kStep pixels on means
 };
 
 template <class T_, int kRows_, int kChunks_>
@@ -51,6 +50,7 @@ struct BlockTile {
   static constexpr int kOwnChunks = kRows == 128 ? kChunks : kChunks / kConsumers;
   static constexpr int kColumns = kOwnChunks * kChunk;
   static constexpr int kSums = kColumns / 2;  // a thread
+  static constexpr int kTileSums = kRows * kChunks * kChunk;
   static constexpr int kGradBytes = kRowBoxes * kBoxBytes, kInputBytes = kChunks * kBoxBytes;
   // 200 of 227 KiB: four stages of 48, five of 40, six of 32; more than eight hide nothing more.
   static constexpr int kFit = 200 * 1024 / (kGradBytes + kInputBytes);
@@ -84,24 +84,57 @@ struct RingAt {
   }
 };
 
-// A tile of the results and a share of the pixels. Blocks of one split are neighbours, so that
-// those that run together read the same pixels from L2; a pair differs in what it does not share.
-struct BlockAt {
-  int group, first_k, first_chunk, split, first_step, steps;
+// A unit's tile of block `rank`.
+struct TileAt {
+  int group, first_k, first_chunk;
+};
+__device__ inline TileAt tile_at(const Params& t, int64_t unit, int rank, int rows, int chunks) {
+  const Division by_column = divide(unit, t.column_units);
+  const Division by_k = divide(by_column.quotient, t.k_units);
+  int k = by_k.remainder, column = by_column.remainder;
+  if (t.share == Share::kInput) k = k * kPair + rank;
+  if (t.share == Share::kGrad) column = column * kPair + rank;
+  return {static_cast<int>(by_k.quotient), k * rows, column * chunks};
+}
 
-  __device__ BlockAt(const Params& t, int64_t block, int rows, int chunks) {
-    const bool k_first = t.share == Share::kInput;
-    const Division inner = divide(block, k_first ? t.k_tiles : t.column_tiles);
-    const Division outer = divide(inner.quotient, k_first ? t.column_tiles : t.k_tiles);
-    const Division by_group = divide(outer.quotient, t.conv.G);
-    first_k = (k_first ? inner.remainder : outer.remainder) * rows;
-    first_chunk = (k_first ? outer.remainder : inner.remainder) * chunks;
-    group = by_group.remainder;
-    split = static_cast<int>(by_group.quotient);
-    first_step = split * t.steps_per_split;
-    steps = min(t.steps_per_split, t.steps - first_step);
+// The steps of one unit in a worker's piece, and the slot for their sums: -1 where they are all.
+struct Segment {
+  int64_t unit;
+  int first_step, steps, slot;
+};
+
+// Walks over the segments of a piece. Only its first and its last can be parts of a unit.
+struct Piece {
+  const Params& t;
+  int64_t begin, end, at;
+
+  __device__ explicit Piece(const Params& params, int64_t worker)
+      : t(params),
+        begin(worker * params.worker_steps),
+        end(min(begin + params.worker_steps, params.work)),
+        at(begin) {}
+  __device__ bool next(Segment& segment) {
+    if (at >= end) return false;
+    const Division by_unit = divide(at, t.unit_steps);
+    const int64_t unit_end = at - by_unit.remainder + t.unit_steps;
+    const int64_t stop = min(end, unit_end);
+    segment.unit = by_unit.quotient;
+    segment.first_step = by_unit.remainder;
+    // A last piece reaches beyond the steps that there are.
+    segment.steps = min(static_cast<int>(stop - at), t.steps - segment.first_step);
+    segment.slot = segment.steps == t.steps ? -1 : at == begin ? 0 : 1;
+    at = stop;
+    return true;
   }
 };
+
+// Of whole units the pieces of the same pixels run together.
+__device__ inline int64_t worker_of(const Params& t, int64_t cluster) {
+  if (t.pieces == 0) return cluster;
+  return cluster % t.units * t.pieces + cluster / t.units;
+}
+// Slots a worker: where its piece begins, and unless units are whole, where it ends.
+__device__ inline int slots_of(const Params& t) { return t.pieces == 0 ? 2 : 1; }
 
 // A chunk of columns: 64 channels of a tap.
 struct ChunkAt {
@@ -127,19 +160,19 @@ struct Producer {
   Pixel pixel;                          // its window
   Im2colPosition boxes[Tile::kChunks];  // channels and tap's distances
   int chunks;                           // that exist
+  RingAt ring;
 
   __device__ Producer(const CUtensorMap* grad, const CUtensorMap* input, const Params& params,
-                      const Memory<Tile>& shared, const BlockAt& at)
-      : grad_map(grad),
-        input_map(input),
-        t(params),
-        memory(shared),
-        rank(static_cast<int>(ptx::cluster_rank())) {
+                      const Memory<Tile>& shared, int block_rank)
+      : grad_map(grad), input_map(input), t(params), memory(shared), rank(block_rank) {}
+
+  __device__ void begin(const Segment& segment) {
+    const TileAt at = tile_at(t, segment.unit, rank, Tile::kRows, Tile::kChunks);
     grad_channel = at.group * t.conv.k_per_group + at.first_k;
-    grad_pixel = at.first_step * kStep + (t.share == Share::kGrad ? rank * kHalf : 0);
-    input_pixel = at.first_step * kStep + (t.share == Share::kInput ? rank * kHalf : 0);
+    grad_pixel = segment.first_step * kStep + (t.share == Share::kGrad ? rank * kHalf : 0);
+    input_pixel = segment.first_step * kStep + (t.share == Share::kInput ? rank * kHalf : 0);
     pixel = pixel_at(input_pixel, t.conv.P, t.conv.Q);
-    chunks = min(Tile::kChunks, t.chunks - at.first_chunk);
+    chunks = max(0, min(Tile::kChunks, t.chunks - at.first_chunk));
 #pragma unroll
     for (int i = 0; i < Tile::kChunks; ++i) {
       const ChunkAt chunk = chunk_at(t, at.first_chunk + i);
@@ -189,19 +222,21 @@ struct Producer {
     }
   }
 
-  __device__ void run(int steps) {
-    RingAt ring;
-    const uint32_t bytes = static_cast<uint32_t>(Tile::kGradBytes + max(chunks, 0) * kBoxBytes);
-    for (int step = 0; step < steps; ++step) {
-      const uint32_t full = ptx::shared_address(memory.full + ring.stage);
-      ptx::mbarrier_wait(ptx::shared_address(memory.empty + ring.stage), ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect_tx(full, bytes);
-      copy_grad(ptx::shared_address(memory.grad + ring.stage * Tile::kGradBytes), full);
-      copy_input(ptx::shared_address(memory.input + ring.stage * Tile::kInputBytes), full);
-      grad_pixel += kStep;
-      input_pixel += kStep;
-      advance(pixel, t.step, t.conv.P, t.conv.Q);
-      ring.advance(Tile::kStages);
+  __device__ void run(Piece piece) {
+    for (Segment segment; piece.next(segment);) {
+      begin(segment);
+      const uint32_t bytes = static_cast<uint32_t>(Tile::kGradBytes + chunks * kBoxBytes);
+      for (int step = 0; step < segment.steps; ++step) {
+        const uint32_t full = ptx::shared_address(memory.full + ring.stage);
+        ptx::mbarrier_wait(ptx::shared_address(memory.empty + ring.stage), ring.parity ^ 1);
+        ptx::mbarrier_arrive_expect_tx(full, bytes);
+        copy_grad(ptx::shared_address(memory.grad + ring.stage * Tile::kGradBytes), full);
+        copy_input(ptx::shared_address(memory.input + ring.stage * Tile::kInputBytes), full);
+        grad_pixel += kStep;
+        input_pixel += kStep;
+        advance(pixel, t.step, t.conv.P, t.conv.Q);
+        ring.advance(Tile::kStages);
+      }
     }
   }
 };
@@ -224,14 +259,13 @@ __device__ inline void release(const Memory<Tile>& memory, int stage, int cluste
 
 template <class Tile>
 __device__ inline void multiply(const Memory<Tile>& memory, int consumer, int steps, int cluster,
-                                float (&sums)[Tile::kSums]) {
+                                RingAt& ring, float (&sums)[Tile::kSums]) {
   constexpr ptx::WgmmaMajor kMn = ptx::WgmmaMajor::kMn;
   constexpr int kDepth = 16, kDepthBytes = kDepth * 128;
   const uint32_t grad =
       ptx::shared_address(memory.grad) + (Tile::kRowBoxes == 2 ? consumer * kBoxBytes : 0);
   const uint32_t input = ptx::shared_address(memory.input) +
                          (Tile::kRowBoxes == 2 ? 0 : consumer * Tile::kOwnChunks * kBoxBytes);
-  RingAt ring;
   int previous = 0;
   ptx::wgmma_fence_registers(sums);
   for (int step = 0; step < steps; ++step) {
@@ -254,32 +288,8 @@ __device__ inline void multiply(const Memory<Tile>& memory, int consumer, int st
   }
   ptx::wgmma_wait<0>();
   ptx::wgmma_fence_registers(sums);
+  release(memory, previous, cluster);
 }
-
-// Where a row's sums of one chunk go.
-template <class T>
-struct Target {
-  float* partials;
-  T* out;
-
-  __device__ void put(int64_t at, float sum) const {
-    if (partials != nullptr) {
-      partials[at] = sum;
-    } else {
-      out[at] = narrow<T>(sum);
-    }
-  }
-  __device__ void put(int64_t at, const Pack<float, 4>& sums) const {
-    if (partials != nullptr) {
-      store_pack(partials + at, sums);
-    } else {
-      Pack<T, 4> values;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values.at[i] = narrow<T>(sums.at[i]);
-      store_pack(out + at, values);
-    }
-  }
-};
 
 // Two neighbouring lanes have two columns each of two groups of eight: after an exchange the even
 // one has four of the first, the odd one four of the second.
@@ -291,45 +301,90 @@ __device__ inline Pack<float, 4> four_columns(bool odd, const float (&first)[2],
              : Pack<float, 4>{{first[0], first[1], low, high}};
 }
 
-// wgmma's D, 64 rows by Tile::kColumns from (first_k, first_chunk) on.
+// Where a consumer's sums begin in its block's tile.
+struct Part {
+  int row, chunk;
+};
 template <class Tile>
-__device__ inline void store_sums(const Params& t, const BlockAt& at, int first_k, int first_chunk,
-                                  const float (&sums)[Tile::kSums]) {
-  constexpr int kGroups = kChunk / 8;  // of eight columns, four sums a thread
-  const Target<typename Tile::T> target = {
-      t.partials == nullptr ? nullptr : t.partials + at.split * t.results,
-      static_cast<typename Tile::T*>(t.conv.out)};
+__device__ inline Part part_of(int consumer) {
+  if (Tile::kRowBoxes == 2) return {consumer * kChunk, 0};
+  return {0, consumer * Tile::kOwnChunks};
+}
+
+// Calls put(row, column, four sums side by side) for all of a thread's sums of its part.
+template <class Tile, class Put>
+__device__ inline void each_four(const float (&sums)[Tile::kSums], Put&& put) {
   const int lane = static_cast<int>(threadIdx.x) % 32, pair = lane % 4;
   const bool odd = pair % 2 != 0;
-  const int first_row = first_k + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
+  const int first_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
 #pragma unroll
-  for (int i = 0; i < Tile::kOwnChunks; ++i) {
-    if (first_chunk + i >= t.chunks) break;
-    const ChunkAt chunk = chunk_at(t, first_chunk + i);
-    const int channels = t.conv.c_per_group - chunk.c;
+  for (int i = 0; i < Tile::kColumns / 8; i += 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int k = first_row + half * 8;
-      const bool exists = k < t.conv.k_per_group;
-      const int64_t row = (at.group * t.conv.k_per_group + k) * t.to.n + chunk.r * t.to.h +
-                          chunk.s * t.to.w + chunk.c * t.to.c;
+      const int d = i * 4 + half * 2;
+      const float first[2] = {sums[d], sums[d + 1]}, second[2] = {sums[d + 4], sums[d + 5]};
+      put(first_row + half * 8, i * 8 + odd * 8 + pair / 2 * 4, four_columns(odd, first, second));
+    }
+  }
+}
+
+// All of the tile, whether it exists or not: wgrad_reduce_kernel() knows what to read.
+template <class Tile>
+__device__ inline void store_slot(float* slot, const Part& part, const float (&sums)[Tile::kSums]) {
+  constexpr int kRowSums = Tile::kChunks * kChunk;
+  float* to = slot + part.row * kRowSums + part.chunk * kChunk;
+  each_four<Tile>(sums, [&](int row, int column, const Pack<float, 4>& four) {
+    store_pack(to + row * kRowSums + column, four);
+  });
+}
+
+// Four channels of a filter's tap, those of them that exist, into the gradient.
+template <class T>
+__device__ inline void store_gradient(const Params& t, int group, int k, const ChunkAt& chunk,
+                                      int column, const Pack<float, 4>& four) {
+  const int c = chunk.c + column;
+  if (k >= t.conv.k_per_group || c >= t.conv.c_per_group) return;
+  T* to = static_cast<T*>(t.conv.out) + (int64_t{group} * t.conv.k_per_group + k) * t.conv.flt.n +
+          chunk.r * t.conv.flt.h + chunk.s * t.conv.flt.w + c * t.conv.flt.c;
+  Pack<T, 4> values;
 #pragma unroll
-      for (int j = 0; j < kGroups; j += 2) {
-        const int d = (i * kGroups + j) * 4 + half * 2;
-        const float first[2] = {sums[d], sums[d + 1]}, second[2] = {sums[d + 4], sums[d + 5]};
-        if (t.vector) {
-          const Pack<float, 4> four = four_columns(odd, first, second);
-          const int column = (j + odd) * 8 + pair / 2 * 4;
-          if (exists && column < channels) target.put(row + column, four);
-          continue;
-        }
+  for (int i = 0; i < 4; ++i) values.at[i] = narrow<T>(four.at[i]);
+  if (t.vector) {
+    store_pack(to, values);
+    return;
+  }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int column = (j + e / 2) * 8 + pair * 2 + e % 2;
-          if (!exists || column >= channels) continue;
-          target.put(row + column * t.to.c, e < 2 ? first[e] : second[e - 2]);
-        }
-      }
+  for (int i = 0; i < 4; ++i) {
+    if (c + i < t.conv.c_per_group) to[i * t.conv.flt.c] = values.at[i];
+  }
+}
+
+template <class Tile>
+__device__ inline void store_whole(const Params& t, const TileAt& at, const Part& part,
+                                   const float (&sums)[Tile::kSums]) {
+  each_four<Tile>(sums, [&](int row, int column, const Pack<float, 4>& four) {
+    const int chunk = at.first_chunk + part.chunk + column / kChunk;
+    if (chunk >= t.chunks) return;
+    store_gradient<typename Tile::T>(t, at.group, at.first_k + part.row + row, chunk_at(t, chunk),
+                                     column % kChunk, four);
+  });
+}
+
+template <class Tile>
+__device__ inline void consume(const Params& t, const Memory<Tile>& memory, int rank,
+                               int64_t worker) {
+  const int consumer = static_cast<int>(threadIdx.x) / 128 - 1;
+  const Part part = part_of<Tile>(consumer);
+  RingAt ring;
+  Piece piece(t, worker);
+  for (Segment segment; piece.next(segment);) {
+    float sums[Tile::kSums];
+    multiply(memory, consumer, segment.steps, t.cluster, ring, sums);
+    if (segment.slot < 0) {
+      store_whole<Tile>(t, tile_at(t, segment.unit, rank, Tile::kRows, Tile::kChunks), part, sums);
+    } else {
+      const int64_t slot = (worker * slots_of(t) + segment.slot) * t.cluster + rank;
+      store_slot<Tile>(t.slots + slot * Tile::kTileSums, part, sums);
     }
   }
 }
@@ -337,10 +392,12 @@ __device__ inline void store_sums(const Params& t, const BlockAt& at, int first_
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, 1)
     conv2d_igemm_sm90_wgrad_kernel(const __grid_constant__ CUtensorMap grad_map,
-                                   const __grid_constant__ CUtensorMap input_map, Params t) {
+                                   const __grid_constant__ CUtensorMap input_map,
+                                   const __grid_constant__ Params t) {
   SharedCarver carve(shared_memory());
   const Memory<Tile> memory(carve);
-  const BlockAt at(t, blockIdx.x, Tile::kRows, Tile::kChunks);
+  const int rank = static_cast<int>(ptx::cluster_rank());
+  const int64_t worker = worker_of(t, blockIdx.x / static_cast<unsigned>(t.cluster));
   if (threadIdx.x == 0) {
     ptx::tma_prefetch_map(&grad_map);
     ptx::tma_prefetch_map(&input_map);
@@ -353,22 +410,52 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::cluster_sync();
   if (threadIdx.x < 128) {
-    ptx::setmaxnreg_dec<40>();
+    ptx::setmaxnreg_dec<56>();
     if (threadIdx.x < 32 && ptx::elect_one()) {
-      Producer<Tile>(&grad_map, &input_map, t, memory, at).run(at.steps);
+      Producer<Tile>(&grad_map, &input_map, t, memory, rank).run(Piece(t, worker));
     }
     __syncwarp();
   } else {
-    ptx::setmaxnreg_inc<232>();
-    const int consumer = static_cast<int>(threadIdx.x) / 128 - 1;
-    float sums[Tile::kSums];
-    multiply(memory, consumer, at.steps, t.cluster, sums);
-    const bool by_rows = Tile::kRowBoxes == 2;
-    store_sums<Tile>(t, at, at.first_k + (by_rows ? consumer * kChunk : 0),
-                     at.first_chunk + (by_rows ? 0 : consumer * Tile::kOwnChunks), sums);
+    ptx::setmaxnreg_inc<224>();
+    consume(t, memory, rank, worker);
     __syncwarp();
   }
   ptx::cluster_sync();  // neither block ends while the other's copies or arrivals come
+}
+
+constexpr int kReduceThreads = 128;
+
+// Four neighbouring sums of a unit that no worker has whole: its parts, added up in order.
+template <class T>
+__global__ void __launch_bounds__(kReduceThreads)
+    wgrad_reduce_kernel(const __grid_constant__ Params t, int rows, int chunks) {
+  const int quads = chunks * (kChunk / 4), tile_quads = rows * quads;
+  const int64_t all = t.units * t.cluster * tile_quads;
+  for (int64_t i = blockIdx.x * int64_t{kReduceThreads} + threadIdx.x; i < all;
+       i += gridDim.x * int64_t{kReduceThreads}) {
+    const Division in_tile = divide(i, tile_quads);
+    const Division by_rank = divide(in_tile.quotient, t.cluster);
+    const int64_t unit = by_rank.quotient, begin = unit * t.unit_steps;
+    const int rank = by_rank.remainder;
+    const int64_t first = divide(begin, t.worker_steps).quotient;
+    const int64_t last = divide(begin + t.steps - 1, t.worker_steps).quotient;
+    if (first == last) continue;  // that worker has stored it
+    Pack<float, 4> sum = {};
+#pragma unroll 4  // loads in flight; the additions stay in order
+    for (int64_t worker = first; worker <= last; ++worker) {
+      const int slot = worker * t.worker_steps < begin ? 1 : 0;
+      const int64_t at = (worker * slots_of(t) + slot) * t.cluster + rank;
+      const Pack<float, 4> part =
+          load_pack<float, 4>(t.slots + (at * tile_quads + in_tile.remainder) * 4);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.at[e] += part.at[e];
+    }
+    const TileAt tile = tile_at(t, unit, rank, rows, chunks);
+    const int row = in_tile.remainder / quads, column = in_tile.remainder % quads * 4;
+    const int chunk = tile.first_chunk + column / kChunk;
+    if (chunk >= t.chunks) continue;
+    store_gradient<T>(t, tile.group, tile.first_k + row, chunk_at(t, chunk), column % kChunk, sum);
+  }
 }
 
 }  // namespace sm90_wgrad
