@@ -80,6 +80,12 @@ Params params_of(const Conv2dProblem& p, const Plan& plan, const Conv2dArgs& arg
                  const Workspace& workspace) {
   Params t = {};
   t.conv = conv_params_of(p, args);
+  t.merged = to_int(plan.groups.merged);
+  t.group_channels = t.conv.c_per_group;
+  t.group_filters = t.conv.k_per_group;
+  t.conv.G = to_int(plan.groups.count);
+  t.conv.c_per_group = to_int(plan.groups.channels);
+  t.conv.k_per_group = to_int(plan.groups.filters);
   t.slots = static_cast<float*>(workspace.partials);
   t.vector = t.conv.flt.c == 1 && p.C / p.G % 4 == 0;
   t.tiled = is_tiled(p);
@@ -167,8 +173,7 @@ std::string refuse_limit(const char* what, int64_t value, bool within) {
 }
 
 std::string refuse_wgrad(const Conv2dProblem& p) {
-  // Narrower groups leave a tile of 64 channels so empty that the CUDA cores are no slower.
-  constexpr int64_t kLeastGroup = 16;
+  constexpr int64_t kLeastGroup = 4;  // below, the CUDA cores are no slower
   constexpr int64_t kMostPixels = 0x7fffffff - 2 * kStep;
   const int64_t narrowest = std::min(p.C, p.K) / p.G;
   std::string why = refuse_conv_beyond_int(p, 4 * kChunk);

@@ -6,6 +6,10 @@
 // A tile takes any neighbouring chunks, so that 64 channels of a 3x3 filter, 9 chunks, are three
 // full tiles of three, and dy is read once for three taps.
 //
+// Narrow groups are merged until they fill a chunk: of a tile's products those between different
+// groups are thrown away, which at 4 channels a group still leaves 128 multiply-adds a cycle and
+// SM.
+//
 // The work is a line of units (a tile, or the pair of tiles of two blocks), each of unit_steps
 // steps, cut into equal pieces of worker_steps, one a block or cluster. Either a unit is a whole
 // number of pieces: then all units pass the same pixels at the same time, from L2. Or pieces end
@@ -40,7 +44,21 @@ constexpr Tile kTiles[] = {{128, 4}, {128, 3}, {128, 2}, {128, 1}, {64, 4}};
 // What the two blocks of a cluster have in common and load half each for both.
 enum class Share { kNothing, kGrad, kInput };
 
+// Groups as the kernel sees them: `merged` of the problem's make one.
+struct Groups {
+  int64_t merged, count, channels, filters;  // of one
+};
+inline Groups groups_of(const Conv2dProblem& p) {
+  const int64_t channels = p.C / p.G, filters = p.K / p.G;
+  int64_t merged = 1;
+  for (int64_t m = 2; m <= p.G && m * std::max(channels, filters) <= kChunk; ++m) {
+    if (p.G % m == 0) merged = m;
+  }
+  return {merged, p.G / merged, channels * merged, filters * merged};
+}
+
 struct Plan {
+  Groups groups = {};
   Tile tile = {};
   Share share = Share::kNothing;
   int64_t k_tiles = 0, column_tiles = 0;   // a group; the pair's rounded up to even
@@ -128,6 +146,7 @@ inline void cut_anywhere(Plan& plan) {
 // The best of all tiles, shares and cuts by the estimate above.
 inline Plan plan_of(const Conv2dProblem& p) {
   const double tensor_bytes = p.bytes();
+  const Groups groups = groups_of(p);
   Plan best;
   const auto consider = [&](Plan& plan) {
     plan.cycles = detail::cycles_of(plan, tensor_bytes);
@@ -136,15 +155,16 @@ inline Plan plan_of(const Conv2dProblem& p) {
   for (const Tile& tile : kTiles) {
     for (const Share share : {Share::kNothing, Share::kGrad, Share::kInput}) {
       Plan plan;
+      plan.groups = groups;
       plan.tile = tile;
       plan.share = share;
-      plan.channel_chunks = ceil_div(p.C / p.G, kChunk);
+      plan.channel_chunks = ceil_div(groups.channels, kChunk);
       plan.chunks = plan.channel_chunks * p.R * p.S;
-      plan.k_tiles = ceil_div(p.K / p.G, tile.rows);
+      plan.k_tiles = ceil_div(groups.filters, tile.rows);
       plan.column_tiles = ceil_div(plan.chunks, tile.chunks);
       int64_t& paired = share == Share::kInput ? plan.k_tiles : plan.column_tiles;
       paired = ceil_div(paired, plan.cluster()) * plan.cluster();
-      plan.units = plan.k_tiles * plan.column_tiles / plan.cluster() * p.G;
+      plan.units = plan.k_tiles * plan.column_tiles / plan.cluster() * groups.count;
       plan.steps = ceil_div(p.N * p.P() * p.Q(), kStep);
       for (int64_t waves = 1; waves <= detail::kMostWaves; ++waves) {
         detail::cut_whole(plan, waves);

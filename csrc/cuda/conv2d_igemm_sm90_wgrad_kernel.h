@@ -28,10 +28,11 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kHalf = kStep / kPair;
 
 struct Params {
-  ConvParams conv;
-  float* slots;  // partial sums, tiles of rows by columns
-  bool vector;   // four channels of the filter are neighbours and aligned
-  bool tiled;    // the input's map: a 1x1 filter sees the pixels as they lie
+  ConvParams conv;                            // its groups are those of the plan
+  int merged, group_channels, group_filters;  // of the problem's groups in each
+  float* slots;                               // partial sums, tiles of rows by columns
+  bool vector;  // four channels of the filter are neighbours and aligned
+  bool tiled;   // the input's map: a 1x1 filter sees the pixels as they lie
   Share share;
   int cluster;
   int k_units, column_units;  // of a group: tiles, or pairs of them
@@ -338,12 +339,15 @@ __device__ inline void store_slot(float* slot, const Part& part, const float (&s
   });
 }
 
-// Four channels of a filter's tap, those of them that exist, into the gradient.
+// Four channels of a filter's tap into the gradient: those of them that exist, and of merged groups
+// those of the filter's own.
 template <class T>
 __device__ inline void store_gradient(const Params& t, int group, int k, const ChunkAt& chunk,
                                       int column, const Pack<float, 4>& four) {
-  const int c = chunk.c + column;
-  if (k >= t.conv.k_per_group || c >= t.conv.c_per_group) return;
+  if (k >= t.conv.k_per_group) return;
+  const int own = t.merged == 1 ? 0 : k / t.group_filters;
+  const int c = chunk.c + column - own * t.group_channels;
+  if (c <= -4 || c >= t.group_channels) return;
   T* to = static_cast<T*>(t.conv.out) + (int64_t{group} * t.conv.k_per_group + k) * t.conv.flt.n +
           chunk.r * t.conv.flt.h + chunk.s * t.conv.flt.w + c * t.conv.flt.c;
   Pack<T, 4> values;
@@ -355,7 +359,7 @@ __device__ inline void store_gradient(const Params& t, int group, int k, const C
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (c + i < t.conv.c_per_group) to[i * t.conv.flt.c] = values.at[i];
+    if (within(c + i, t.group_channels)) to[i * t.conv.flt.c] = values.at[i];
   }
 }
 
