@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/conv2d.h"
-#include "cuda/conv2d_igemm_sm90_wgrad.h"
+#include "cuda/conv2d_igemm_sm90_wgrad_work.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/cluster.h"
 #include "cuda/ptx/fence.h"
@@ -25,22 +25,6 @@ namespace sm90_wgrad {
 
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kHalf = kStep / kPair;
-
-struct Params {
-  ConvParams conv;                            // its groups are those of the plan
-  int merged, group_channels, group_filters;  // of the problem's groups in each
-  float* slots;                               // partial sums, tiles of rows by columns
-  bool vector;  // four channels of the filter are neighbours and aligned
-  bool tiled;   // the input's map: a 1x1 filter sees the pixels as they lie
-  Share share;
-  int cluster;
-  int k_units, column_units;  // of a group: tiles, or pairs of them
-  int channel_chunks, chunks;
-  int64_t units, work;                          // work: units * unit_steps
-  int steps, unit_steps, worker_steps, pieces;  // as in Plan
-  PixelStep step;                               // what kStep pixels on means
-};
 
 template <class T_, int kRows_, int kChunks_>
 struct BlockTile {
@@ -84,67 +68,6 @@ struct RingAt {
     parity ^= 1;
   }
 };
-
-// A unit's tile of block `rank`.
-struct TileAt {
-  int group, first_k, first_chunk;
-};
-__device__ inline TileAt tile_at(const Params& t, int64_t unit, int rank, int rows, int chunks) {
-  const Division by_column = divide(unit, t.column_units);
-  const Division by_k = divide(by_column.quotient, t.k_units);
-  int k = by_k.remainder, column = by_column.remainder;
-  if (t.share == Share::kInput) k = k * kPair + rank;
-  if (t.share == Share::kGrad) column = column * kPair + rank;
-  return {static_cast<int>(by_k.quotient), k * rows, column * chunks};
-}
-
-// The steps of one unit in a worker's piece, and the slot for their sums: -1 where they are all.
-struct Segment {
-  int64_t unit;
-  int first_step, steps, slot;
-};
-
-// Walks over the segments of a piece. Only its first and its last can be parts of a unit.
-struct Piece {
-  const Params& t;
-  int64_t begin, end, at;
-
-  __device__ explicit Piece(const Params& params, int64_t worker)
-      : t(params),
-        begin(worker * params.worker_steps),
-        end(min(begin + params.worker_steps, params.work)),
-        at(begin) {}
-  __device__ bool next(Segment& segment) {
-    if (at >= end) return false;
-    const Division by_unit = divide(at, t.unit_steps);
-    const int64_t unit_end = at - by_unit.remainder + t.unit_steps;
-    const int64_t stop = min(end, unit_end);
-    segment.unit = by_unit.quotient;
-    segment.first_step = by_unit.remainder;
-    // A last piece reaches beyond the steps that there are.
-    segment.steps = min(static_cast<int>(stop - at), t.steps - segment.first_step);
-    segment.slot = segment.steps == t.steps ? -1 : at == begin ? 0 : 1;
-    at = stop;
-    return true;
-  }
-};
-
-// Of whole units the pieces of the same pixels run together.
-__device__ inline int64_t worker_of(const Params& t, int64_t cluster) {
-  if (t.pieces == 0) return cluster;
-  return cluster % t.units * t.pieces + cluster / t.units;
-}
-// Slots a worker: where its piece begins, and unless units are whole, where it ends.
-__device__ inline int slots_of(const Params& t) { return t.pieces == 0 ? 2 : 1; }
-
-// A chunk of columns: 64 channels of a tap.
-struct ChunkAt {
-  int r, s, c;  // c: within the group
-};
-__device__ inline ChunkAt chunk_at(const Params& t, int chunk) {
-  const int tap = chunk / t.channel_chunks, r = tap / t.conv.S;
-  return {r, tap - r * t.conv.S, (chunk - tap * t.channel_chunks) * kChunk};
-}
 
 // The producer's view: what it copies a step. Of a shared operand it copies half of the pixels, to
 // both blocks.
@@ -387,7 +310,7 @@ __device__ inline void consume(const Params& t, const Memory<Tile>& memory, int 
     if (segment.slot < 0) {
       store_whole<Tile>(t, tile_at(t, segment.unit, rank, Tile::kRows, Tile::kChunks), part, sums);
     } else {
-      const int64_t slot = (worker * slots_of(t) + segment.slot) * t.cluster + rank;
+      const int64_t slot = slot_at(t, worker, segment.slot, rank);
       store_slot<Tile>(t.slots + slot * Tile::kTileSums, part, sums);
     }
   }
@@ -439,16 +362,14 @@ __global__ void __launch_bounds__(kReduceThreads)
        i += gridDim.x * int64_t{kReduceThreads}) {
     const Division in_tile = divide(i, tile_quads);
     const Division by_rank = divide(in_tile.quotient, t.cluster);
-    const int64_t unit = by_rank.quotient, begin = unit * t.unit_steps;
+    const int64_t unit = by_rank.quotient;
     const int rank = by_rank.remainder;
-    const int64_t first = divide(begin, t.worker_steps).quotient;
-    const int64_t last = divide(begin + t.steps - 1, t.worker_steps).quotient;
-    if (first == last) continue;  // that worker has stored it
+    const Parts parts = parts_of(t, unit);
+    if (parts.first == parts.last) continue;  // that worker has stored it
     Pack<float, 4> sum = {};
 #pragma unroll 4  // loads in flight; the additions stay in order
-    for (int64_t worker = first; worker <= last; ++worker) {
-      const int slot = worker * t.worker_steps < begin ? 1 : 0;
-      const int64_t at = (worker * slots_of(t) + slot) * t.cluster + rank;
+    for (int64_t worker = parts.first; worker <= parts.last; ++worker) {
+      const int64_t at = slot_at(t, worker, part_slot(t, unit, worker), rank);
       const Pack<float, 4> part =
           load_pack<float, 4>(t.slots + (at * tile_quads + in_tile.remainder) * 4);
 #pragma unroll
