@@ -8,6 +8,9 @@ void add_cuda_kernels(KernelTable& table) {
   add_cuda_conv2d_depthwise_wgrad_rows(table);
   add_cuda_conv2d_igemm_sm80_rows(table);
   add_cuda_conv2d_tiled_rows(table);
+#ifdef FASTCONV_SM90A
+  add_cuda_conv2d_igemm_sm90_wgrad_rows(table);
+#endif
   add_cuda_conv2d_igemm_sm80_wgrad_rows(table);
   add_cuda_conv2d_tiled_wgrad_rows(table);
   add_cuda_conv2d_direct_fprop_rows(table);

@@ -9,8 +9,9 @@ namespace fastconv {
 void add_cuda_conv2d_small_channel_rows(KernelTable& table);  // fprop
 void add_cuda_conv2d_depthwise_rows(KernelTable& table);      // fprop and dgrad
 void add_cuda_conv2d_depthwise_wgrad_rows(KernelTable& table);
-void add_cuda_conv2d_igemm_sm80_rows(KernelTable& table);     // fprop, dgrad, statistics
-void add_cuda_conv2d_tiled_rows(KernelTable& table);  // fprop and dgrad, 1x1 too
+void add_cuda_conv2d_igemm_sm80_rows(KernelTable& table);        // fprop, dgrad, statistics
+void add_cuda_conv2d_tiled_rows(KernelTable& table);             // fprop and dgrad, 1x1 too
+void add_cuda_conv2d_igemm_sm90_wgrad_rows(KernelTable& table);  // sm_90a builds
 void add_cuda_conv2d_igemm_sm80_wgrad_rows(KernelTable& table);
 void add_cuda_conv2d_tiled_wgrad_rows(KernelTable& table);
 void add_cuda_conv2d_direct_fprop_rows(KernelTable& table);
