@@ -173,6 +173,43 @@ def test_kernels_keep_the_rules(pattern, allowed):
     assert sources_with(pattern, *allowed) == []
 
 
+def types_defined(text):
+    """Qualified names of the types that a file defines outside any anonymous namespace."""
+    code = re.sub(
+        r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\])\'', "", text, flags=re.S
+    )
+    scopes: list[str | None] = []  # a namespace's name, "" where it has none; None: other braces
+    found = []
+    for brace in re.finditer(r"([^;{}]*)([;{}])", code):
+        before, what = brace.groups()
+        head = before.replace("enum class", "enum")
+        if what == "}":
+            scopes[-1:] = []
+        elif what == "{":
+            inside = re.search(r"\bnamespace(?:\s+([\w:]+))?\s*$", before)
+            named = re.search(
+                r"\b(?:struct|class|union|enum)\s+(\w+)(?:\s+final)?(?:\s*:[^:].*)?\s*$", head, re.S
+            )
+            if named and not {None, ""} & set(scopes):
+                found.append("::".join([*scopes, named[1]]))
+            scopes.append((inside[1] or "") if inside else None)
+    return found
+
+
+def test_no_two_files_define_types_of_one_name():
+    """The linker takes launch_kernel<IgemmParams> of whichever file comes first, for both."""
+    where = {}
+    for path in sorted(CUDA_SOURCES.rglob("*.*")):
+        for name in types_defined(path.read_text()):
+            where.setdefault(name, set()).add(path.relative_to(CUDA_SOURCES).as_posix())
+    assert len(where) > 20
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}
+    planted = (
+        "namespace a { struct S { int i; }; namespace { class T {}; } } enum class U : int {};"
+    )
+    assert types_defined(planted) == ["a::S", "U"]
+
+
 # --- beyond 2^31 elements -------------------------------------------------------------------------
 
 FAR = (65537, 32769)  # 2,147,581,953 elements: the last lies 98,304 beyond 2^31
