@@ -275,12 +275,18 @@ SEEDS = (0, 1, 2)
 
 
 def seeds() -> tuple[int, ...]:
-    """Schedules that the running test shows an emulated kernel: all three in float32, and where
-    FASTCONV_EVERY_SEED is set (`make test-all`), else one that its name decides."""
+    """Schedules that the running test shows an emulated kernel: all three in float32, on tensor
+    cores in float32 and NHWC, and where FASTCONV_EVERY_SEED is set (`make test-all`), else one that
+    its name decides."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]
-    if "float32" in test or os.environ.get("FASTCONV_EVERY_SEED"):
+    telling = "float32-NHWC-NHWC" if TENSOR_CORES.search(test) else "float32"
+    if telling in test or os.environ.get("FASTCONV_EVERY_SEED"):
         return SEEDS
     return (SEEDS[zlib.crc32(test.encode()) % len(SEEDS)],)
+
+
+# Rows whose blocks, of up to 384 threads, the emulator takes long to run.
+TENSOR_CORES = re.compile(r"(igemm|conv1x1)_sm(80|90)_\w+_emulated")
 
 
 def is_interpreted(row) -> bool:
@@ -288,12 +294,29 @@ def is_interpreted(row) -> bool:
     return row.backend == "triton" and row_device(row) == "cpu"
 
 
-def combinations(rows, dtypes, layouts, mixed_interpreted=True):
-    """Test parameters (row, dtype, layouts): all, but for rows that are interpreted mixed layouts
-    in float32 alone, or not at all. Layouts are strides there, and strides know no dtype."""
+def is_slow(row) -> bool:
+    """Whether tests leave out what another test of the row shows."""
+    every = os.environ.get("FASTCONV_EVERY_SEED")
+    return is_interpreted(row) or bool(TENSOR_CORES.search(row.name) and not every)
+
+
+def shapes_for(row, dtype, layouts, shapes):
+    """Of `shapes` those that a row is shown: every fourth where it is slow and others are shown
+    the rest. Interpreted, float32 shows each place and other dtypes change conversions; on tensor
+    cores float16 takes bfloat16's way, and tensors of mixed layouts are copied into one."""
+    if is_interpreted(row):
+        return shapes[:: 4 if dtype is not torch.float32 else 1 + (layouts[0] != layouts[1])]
+    if is_slow(row):
+        return shapes[:: 4 if dtype is torch.float16 or layouts[0] != layouts[1] else 1]
+    return shapes
+
+
+def combinations(rows, dtypes, layouts, mixed_slow=True):
+    """Test parameters (row, dtype, layouts): all, but for slow rows mixed layouts in float32 alone,
+    or not at all. Layouts are strides or copies there, which know no dtype."""
     for row, dtype, pair in itertools.product(rows, dtypes, layouts):
-        mixed = mixed_interpreted and dtype is torch.float32
-        if pair[0] == pair[1] or mixed or not is_interpreted(row):
+        mixed = mixed_slow and dtype is torch.float32
+        if pair[0] == pair[1] or mixed or not is_slow(row):
             name = f"{name_of(dtype)}-{'-'.join(pair)}-{row.name}"
             yield pytest.param(row, dtype, pair, id=name)
 

@@ -48,8 +48,7 @@ RANDOM_SHAPES = [shape for shape in CONV_EDGES if shape.name in RANDOM]
 def sweep(row, kind, dtype, layouts, shapes, judge):
     """Runs a row on every shape it takes; returns how often it ran and what was wrong."""
     ran, wrong, refused = 0, [], []
-    if support.is_interpreted(row):  # float32 shows each place; other dtypes change conversions
-        shapes = shapes[:: 4 if dtype is not torch.float32 else 1 + (layouts[0] != layouts[1])]
+    shapes = support.shapes_for(row, dtype, layouts, shapes)
     for shape in shapes:
         case = conv_case(shape, kind, dtype)
         results, reason = forced(row, lambda c=case: run_row(row, c, layouts))
@@ -97,7 +96,7 @@ def test_integers_are_exact(row, dtype, layouts):
 @pytest.mark.parametrize(
     "row, dtype, layouts",
     # In mixed layouts the same numbers are added in the same order.
-    support.combinations(TABLE, DTYPES, LAYOUT_PAIRS, mixed_interpreted=False),
+    support.combinations(TABLE, DTYPES, LAYOUT_PAIRS, mixed_slow=False),
 )
 def test_random_numbers_keep_the_contract(row, dtype, layouts):
     check(row, "normal", dtype, layouts, RANDOM_SHAPES, within_contract(row))
@@ -233,10 +232,14 @@ def run_fused(row, shape, tensors, activation, with_residual):
 def test_epilogue(row, activation, dtype, layouts):
     """scale, shift, residual, activation, one rounding: exact where the activation is."""
     wrong, ran = [], 0
-    if support.is_interpreted(row) and dtype is not torch.float32:
-        if layouts[0] == "NCHW" or activation not in ("relu", "silu"):
-            return  # float32's: what another dtype changes is the accumulator and the rounding
-    for shape in FUSED:
+    telling = activation in ("relu", "silu")
+    if (
+        support.is_slow(row)
+        and dtype is not torch.float32
+        and (layouts[0] == "NCHW" or not telling)
+    ):
+        return  # float32's: what another dtype changes is the accumulator and the rounding
+    for shape in FUSED if telling or not support.is_slow(row) else FUSED[::3]:
         tensors = fused_tensors(conv_case(shape, "integers", dtype), layouts)
         for with_residual in (False, True):
             call = functools.partial(run_fused, row, shape, tensors, activation, with_residual)
