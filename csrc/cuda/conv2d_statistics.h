@@ -11,8 +11,8 @@ namespace cuda {
 // results over a tile's pixels. Tile i has the pixels i * pixels_per_tile .. of `pixels` in all.
 int64_t statistics_bytes(int64_t tiles, int64_t K);
 
-// Merges the tiles of each filter by Chan's formula in an order that `tiles` alone decides; the
-// variance is biased. mean_out, var_out: K floats.
+// Merges the tiles (at least one) of each filter by Chan's formula in an order that `tiles` alone
+// decides; the variance is biased. mean_out, var_out: K floats.
 void merge_statistics(const char* name, const float* partials, int64_t tiles,
                       int64_t pixels_per_tile, int64_t pixels, int64_t K, float* mean_out,
                       float* var_out, void* stream);
