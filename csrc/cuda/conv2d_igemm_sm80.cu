@@ -28,15 +28,15 @@ constexpr double kLargeShare = 0.6, kSmallShare = 0.4;
 constexpr IgemmRow kRows[] = {
     {"conv2d_igemm_sm80_fprop", "conv2d", Direction::kFprop, IgemmLarge::kM, IgemmLarge::kBlocks,
      kLargeShare},
-    {"conv2d_igemm64_sm80_fprop", "conv2d", Direction::kFprop, IgemmSmall::kM, IgemmSmall::kBlocks,
+    {"conv2d_igemm_sm80_small_fprop", "conv2d", Direction::kFprop, IgemmSmall::kM, IgemmSmall::kBlocks,
      kSmallShare},
     {"conv2d_igemm_sm80_dgrad", "conv2d", Direction::kDgrad, IgemmLarge::kM, IgemmLarge::kBlocks,
      kLargeShare},
-    {"conv2d_igemm64_sm80_dgrad", "conv2d", Direction::kDgrad, IgemmSmall::kM, IgemmSmall::kBlocks,
+    {"conv2d_igemm_sm80_small_dgrad", "conv2d", Direction::kDgrad, IgemmSmall::kM, IgemmSmall::kBlocks,
      kSmallShare},
     {"conv2d_igemm_sm80_statistics", "conv2d_statistics", Direction::kFprop, IgemmLarge::kM,
      IgemmLarge::kBlocks, kLargeShare},
-    {"conv2d_igemm64_sm80_statistics", "conv2d_statistics", Direction::kFprop, IgemmSmall::kM,
+    {"conv2d_igemm_sm80_small_statistics", "conv2d_statistics", Direction::kFprop, IgemmSmall::kM,
      IgemmSmall::kBlocks, kSmallShare},
 };
 
