@@ -19,6 +19,8 @@ namespace fastconv {
 namespace cuda {
 namespace {
 
+using namespace sm80_wgrad;
+
 template <class Tile>
 __device__ inline void fold(typename Tile::Sums& total, typename Tile::Sums& sum) {
 #pragma unroll

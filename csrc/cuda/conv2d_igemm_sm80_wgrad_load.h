@@ -8,6 +8,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace sm80_wgrad {
 
 // How a thread steps from output pixel to output pixel, as positions and offsets in the input: an
 // offset needs a multiplication for each of n, h, w, a step one addition and two where a row or an
@@ -228,5 +229,6 @@ class ColumnPatches {
   Pack<T, Tile::kPack> packs_[kPacks];
 };
 
+}  // namespace sm80_wgrad
 }  // namespace cuda
 }  // namespace fastconv
