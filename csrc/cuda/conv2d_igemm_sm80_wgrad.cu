@@ -257,7 +257,7 @@ Split split_of(const Conv2dProblem& p, const TileSize& tile, int64_t tiles, int6
   const int64_t affordable = std::max(fill, kBudget / std::max<int64_t>(results * 4, 1));
   int64_t splits = std::min(std::max(fill, ceil_div(pixels, chain)), affordable);
   splits = std::max<int64_t>(1, std::min(splits, pixels / least));
-  const int64_t each = ceil_div(pixels, splits);
+  const int64_t each = std::max<int64_t>(1, ceil_div(pixels, splits));
   return {to_int(std::max<int64_t>(1, ceil_div(pixels, each))), each};
 }
 

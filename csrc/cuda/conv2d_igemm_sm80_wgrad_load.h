@@ -134,6 +134,7 @@ class GradUnits {
   int64_t step_;
 };
 
+// Through L1: where a tile has several taps, they read the same pixels one after the other.
 template <class Tile>
 class ColumnUnits {
   using T = typename Tile::T;
@@ -160,8 +161,8 @@ class ColumnUnits {
 #pragma unroll
     for (int row = 0; row < Tile::kDepth; row += kRows) {
       const bool inside = left_ > row && window_.holds(h_, w_, t_.conv);
-      ptx::cp_async<16>(ptx::shared_address(tile + to_ + row * Side::kRowBytes),
-                        input_ + window_.offset, inside ? kPackBytes : 0);
+      ptx::cp_async_cached_16(ptx::shared_address(tile + to_ + row * Side::kRowBytes),
+                              input_ + window_.offset, inside ? kPackBytes : 0);
       window_.advance(t_);
     }
     left_ -= Tile::kDepth;
