@@ -19,6 +19,8 @@ namespace fastconv {
 namespace cuda {
 namespace {
 
+using namespace sm80_wgrad;
+
 template <class Tile>
 __device__ inline void fold(typename Tile::Sums& total, typename Tile::Sums& sum) {
 #pragma unroll
@@ -144,25 +146,46 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
   store_results<Tile>(t, at, warp, shared.offsets, choose_sums<Tile>(sum, total));
 }
 
-// Partial sums of each filter position, added up in ascending order. They lie column by column, the
-// filter in its own layout: the one scattered access is here, once, and not in each split.
-constexpr int kReduceThreads = 128;
+// Partial sums of each filter position, added up in an order that the number of splits decides.
+// They lie column by column, the filter in its own layout: the one scattered access is here, once,
+// and not in each split. Many splits are divided into kParts, since one thread would wait for
+// memory splits / 8 times in a row: 64 filters by 64 channels may have 500 of them.
+constexpr int kReduceThreads = 256, kParts = 8;
+FASTCONV_HOST_DEVICE constexpr int parts_of(int splits) {
+  return splits >= 4 * kParts ? kParts : 1;
+}
 
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads)
     conv2d_igemm_sm80_wgrad_reduce_kernel(const WgradParams t, int splits) {
+  SharedCarver carve(shared_memory());
+  float* sums = carve.take<float>(kReduceThreads);
   const ConvParams& conv = t.conv;
   const int64_t plane = int64_t{conv.G} * conv.k_per_group * t.pitch;
-  for (int64_t i = blockIdx.x * int64_t{kReduceThreads} + threadIdx.x; i < plane;
-       i += gridDim.x * int64_t{kReduceThreads}) {
-    const Division filter = divide(i, t.pitch);
-    const Tap tap = tap_at(t, filter.remainder);
-    if (filter.remainder >= t.columns || tap.c >= conv.c_per_group) continue;
+  const int parts = parts_of(splits), lanes = kReduceThreads / parts;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, part = thread / lanes;
+  const int each = (splits + parts - 1) / parts;
+  const int begin = part * each, end = min(begin + each, splits);
+  for (int64_t first = blockIdx.x * int64_t{lanes}; first < plane;
+       first += gridDim.x * int64_t{lanes}) {
+    const int64_t i = first + lane;
     float sum = 0;
+    if (i < plane) {
 #pragma unroll 8  // eight loads in flight; the additions stay in order
-    for (int s = 0; s < splits; ++s) sum += t.partials[s * plane + i];
-    static_cast<T*>(conv.out)[filter.quotient * conv.flt.n + tap.c * conv.flt.c +
-                              tap.r * conv.flt.h + tap.s * conv.flt.w] = narrow<T>(sum);
+      for (int s = begin; s < end; ++s) sum += t.partials[s * plane + i];
+    }
+    sums[thread] = sum;
+    __syncthreads();
+    if (part == 0 && i < plane) {
+      for (int other = 1; other < parts; ++other) sum += sums[other * lanes + lane];
+      const Division filter = divide(i, t.pitch);
+      const Tap tap = tap_at(t, filter.remainder);
+      if (filter.remainder < t.columns && tap.c < conv.c_per_group) {
+        static_cast<T*>(conv.out)[filter.quotient * conv.flt.n + tap.c * conv.flt.c +
+                                  tap.r * conv.flt.h + tap.s * conv.flt.w] = narrow<T>(sum);
+      }
+    }
+    __syncthreads();
   }
 }
 
@@ -234,7 +257,7 @@ Split split_of(const Conv2dProblem& p, const TileSize& tile, int64_t tiles, int6
   const int64_t affordable = std::max(fill, kBudget / std::max<int64_t>(results * 4, 1));
   int64_t splits = std::min(std::max(fill, ceil_div(pixels, chain)), affordable);
   splits = std::max<int64_t>(1, std::min(splits, pixels / least));
-  const int64_t each = ceil_div(pixels, splits);
+  const int64_t each = std::max<int64_t>(1, ceil_div(pixels, splits));
   return {to_int(std::max<int64_t>(1, ceil_div(pixels, each))), each};
 }
 
@@ -267,10 +290,10 @@ double cost_of(const Plan& plan, const Conv2dProblem& p, const Device& device) {
   const int64_t copies = plan.input.copy_bytes(p) + plan.grad.copy_bytes(p);
   const double bytes =
       p.bytes() + 2.0 * static_cast<double>(plan.partial_bytes) + 2.0 * static_cast<double>(copies);
-  const int launches = 1 + (plan.split.splits > 1 ? 1 : 0) + (plan.input.copied ? 1 : 0) +
-                       (plan.grad.copied ? 1 : 0);
+  const int more =
+      (plan.split.splits > 1 ? 1 : 0) + (plan.input.copied ? 1 : 0) + (plan.grad.copied ? 1 : 0);
   const bool alone = !is_16bit && plan.tile.m + plan.tile.n == 256;  // kBlocks
-  return gpu_us(3.0 * launches, bytes, flops, 2 * rate * plan.tile.share,
+  return gpu_us(3 + 1.5 * more, bytes, flops, 2 * rate * plan.tile.share,
                 busy_part(device, plan.blocks(), alone ? 1 : 2));
 }
 
@@ -338,7 +361,10 @@ void launch_type(const Plan& plan, const Conv2dProblem& p, const WgradParams& t,
     launch_mode<T, 3>(plan, p, t, stream);
   }
   if (t.partials != nullptr) {
-    launch_kernel({kName, blocks_for(p.K * t.pitch, kReduceThreads), kReduceThreads, stream},
+    SharedCarver carve;
+    carve.take<float>(kReduceThreads);
+    const int lanes = kReduceThreads / parts_of(plan.split.splits);
+    launch_kernel({kName, blocks_for(p.K * t.pitch, lanes), kReduceThreads, stream, carve.bytes()},
                   &conv2d_igemm_sm80_wgrad_reduce_kernel<T>, t, plan.split.splits);
   }
 }

@@ -16,6 +16,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace sm80_wgrad {
 
 // kM filters by kN columns of one block. kTerms: products a float32 product is made of, 1 (TF32) or
 // 3 (3xTF32).
@@ -217,5 +218,6 @@ __device__ inline void for_each_neighbours(const typename Tile::Sums& sum, const
   }
 }
 
+}  // namespace sm80_wgrad
 }  // namespace cuda
 }  // namespace fastconv

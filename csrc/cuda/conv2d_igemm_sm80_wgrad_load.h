@@ -8,6 +8,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace sm80_wgrad {
 
 // How a thread steps from output pixel to output pixel, as positions and offsets in the input: an
 // offset needs a multiplication for each of n, h, w, a step one addition and two where a row or an
@@ -133,6 +134,7 @@ class GradUnits {
   int64_t step_;
 };
 
+// Through L1: where a tile has several taps, they read the same pixels one after the other.
 template <class Tile>
 class ColumnUnits {
   using T = typename Tile::T;
@@ -159,8 +161,8 @@ class ColumnUnits {
 #pragma unroll
     for (int row = 0; row < Tile::kDepth; row += kRows) {
       const bool inside = left_ > row && window_.holds(h_, w_, t_.conv);
-      ptx::cp_async<16>(ptx::shared_address(tile + to_ + row * Side::kRowBytes),
-                        input_ + window_.offset, inside ? kPackBytes : 0);
+      ptx::cp_async_cached_16(ptx::shared_address(tile + to_ + row * Side::kRowBytes),
+                              input_ + window_.offset, inside ? kPackBytes : 0);
       window_.advance(t_);
     }
     left_ -= Tile::kDepth;
@@ -228,5 +230,6 @@ class ColumnPatches {
   Pack<T, Tile::kPack> packs_[kPacks];
 };
 
+}  // namespace sm80_wgrad
 }  // namespace cuda
 }  // namespace fastconv
