@@ -94,6 +94,25 @@ def seed(value: int) -> None:
 
 
 @contextlib.contextmanager
+def sms(count: int):
+    """``with sms(2):`` emulates a GPU of 2 SMs instead of an H200's 132. A persistent kernel then
+    gives a block several tiles of a problem that is small enough to emulate.
+
+    Raises:
+        ValueError: `count` is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"sms: {count} SMs, less than 1")
+    load()
+    before = _library.fastconv_emulator_sm_count()
+    _library.fastconv_emulator_set_sm_count(ctypes.c_int(count))
+    try:
+        yield
+    finally:
+        _library.fastconv_emulator_set_sm_count(ctypes.c_int(before))
+
+
+@contextlib.contextmanager
 def launches():
     """``with launches() as log:`` fills the list `log` with a :class:`Launch` a kernel, in order,
     when the block ends."""

@@ -119,12 +119,12 @@ __device__ inline void fence_registers(IgemmSums<Tile>& d) {
 template <class Tile, class SeenAll>
 __device__ inline void multiply(const IgemmMemory<Tile>& memory, IgemmRing<Tile>& ring, int steps,
                                 int first_row, IgemmSums<Tile>& d, SeenAll&& seen_all) {
+  clear<Tile>(d);
+  fence_registers<Tile>(d);
   if (steps == 0) {
-    clear<Tile>(d);
     seen_all();
     return;
   }
-  fence_registers<Tile>(d);
   int before = 0;
   for (int step = 0; step < steps; ++step) {
     ptx::mbarrier_wait(ptx::shared_address(memory.full + ring.stage), ring.parity);
@@ -137,7 +137,7 @@ __device__ inline void multiply(const IgemmMemory<Tile>& memory, IgemmRing<Tile>
       for (int block = 0; block < Tile::kBlocks; ++block) {
         ptx::wgmma<typename Tile::Operand, Tile::kN>(
             d[block], ptx::encode_rows_of_128(a + block * 64 * Tile::kRowBytes + k * 32),
-            ptx::encode_rows_of_128(b + k * 32), step + k > 0);
+            ptx::encode_rows_of_128(b + k * 32), 1);
       }
     }
     ptx::wgmma_commit();
