@@ -7,6 +7,7 @@
 #include "cuda/conv2d_stage.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/fence.h"
+#include "cuda/ptx/opaque.h"
 #include "cuda/ptx/setmaxnreg.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
@@ -208,9 +209,8 @@ __device__ inline void multiply_split(const IgemmMemory<Tile>& memory, IgemmRing
 
 // kPartColumns filters of a block's sums into shared memory.
 template <class Tile>
-__device__ inline void stage_part(const float (&d)[Tile::kSums], int first, float* to) {
-  const int lane = static_cast<int>(threadIdx.x) % 32,
-            warp = static_cast<int>(threadIdx.x) / 32 % 4;
+__device__ inline void stage_part(const float (&d)[Tile::kSums], int first, int thread, float* to) {
+  const int lane = thread % 32, warp = thread / 32;
   float* const at = to + (16 * warp + lane / 4) * Tile::kPitch + 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < Tile::kPartColumns / 8; ++i) {
@@ -234,13 +234,13 @@ __device__ inline void store(const IgemmParams& t, const IgemmMemory<Tile>& memo
                              const IgemmTileAt& tile, int consumer, int first_row,
                              const IgemmSums<Tile>& d) {
   const IgemmPhase& phase = t.phases[tile.phase];
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  float* const sums = memory.sums + consumer * 64 * Tile::kPitch;
-  int64_t* const offsets = memory.offsets + consumer * 64;
   const auto sync = [consumer] { ptx::named_barrier_sync(kStoreBarrier + consumer, 128); };
   // Rolled, with the registers picked by a constant inside: the epilogue's code is there once.
 #pragma unroll 1
   for (int part = 0; part < Tile::kBlocks * Tile::kParts; ++part) {
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x) % 128);
+    float* const sums = memory.sums + consumer * 64 * Tile::kPitch;
+    int64_t* const offsets = memory.offsets + consumer * 64;
     const int block = part / Tile::kParts;
     const int first_out = tile.first_out + part % Tile::kParts * Tile::kPartColumns;
     const int64_t first_pixel = tile.first_pixel + first_row + block * 64;
@@ -250,7 +250,8 @@ __device__ inline void store(const IgemmParams& t, const IgemmMemory<Tile>& memo
 #pragma unroll
     for (int i = 0; i < Tile::kBlocks * Tile::kParts; ++i) {
       if (i == part) {
-        stage_part<Tile>(d[i / Tile::kParts], i % Tile::kParts * (Tile::kPartColumns / 2), sums);
+        stage_part<Tile>(d[i / Tile::kParts], i % Tile::kParts * (Tile::kPartColumns / 2), thread,
+                         sums);
       }
     }
     const StagedTile staged = {sums, offsets, tile.group * t.outs + first_out,
