@@ -113,6 +113,18 @@ def sms(count: int):
 
 
 @contextlib.contextmanager
+def tf32():
+    """``with tf32():`` lets the emulated rows round a float32 convolution's operands to TF32, as
+    torch's switches do for tensors on a GPU. They do not reach tensors on the CPU."""
+    load()
+    _library.fastconv_emulator_allow_tf32(ctypes.c_int(1))
+    try:
+        yield
+    finally:
+        _library.fastconv_emulator_allow_tf32(ctypes.c_int(0))
+
+
+@contextlib.contextmanager
 def launches():
     """``with launches() as log:`` fills the list `log` with a :class:`Launch` a kernel, in order,
     when the block ends."""

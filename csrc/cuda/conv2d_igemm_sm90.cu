@@ -183,7 +183,7 @@ struct TileCost {
   double exposed;  // cycles a tile in which nothing multiplies: filling the ring, storing
 };
 constexpr TileCost kTileCosts[] = {
-    {0.32, 0.55, 400}, {0.6, 0.7, 600}, {0.75, 0.75, 2500}, {0.65, 0.65, 1500}};
+    {0.32, 0.55, 400}, {0.6, 0.7, 600}, {0.75, 0.75, 2500}, {0.55, 0.55, 1500}, {0.65, 0.65, 1500}};
 
 // Cycles of an SM's tensor cores, idle SMs of the last wave included.
 double busy_cycles(const Conv2dProblem& p, const View& v, const Axes& axes, IgemmTileKind kind,
@@ -199,10 +199,15 @@ double busy_cycles(const Conv2dProblem& p, const View& v, const Axes& axes, Igem
 }
 
 IgemmTileKind tile_of(const Conv2dProblem& p, const View& v, const Axes& axes, int sms) {
-  if (splits(p)) return IgemmTileKind::kSplit128x128;
-  IgemmTileKind best = IgemmTileKind::kPing128x64;
-  for (const IgemmTileKind kind : {IgemmTileKind::kPing128x128, IgemmTileKind::kWide128x256}) {
-    if (busy_cycles(p, v, axes, kind, sms) < busy_cycles(p, v, axes, best, sms)) best = kind;
+  using Kind = IgemmTileKind;
+  constexpr Kind kRounded[] = {Kind::kPing128x64, Kind::kPing128x128, Kind::kWide128x256};
+  constexpr Kind kSplit[] = {Kind::kSplit128x64, Kind::kSplit128x128};
+  const Kind* const kinds = splits(p) ? kSplit : kRounded;
+  Kind best = kinds[0];
+  for (int i = 1; i < (splits(p) ? 2 : 3); ++i) {
+    if (busy_cycles(p, v, axes, kinds[i], sms) < busy_cycles(p, v, axes, best, sms)) {
+      best = kinds[i];
+    }
   }
   return best;
 }

@@ -47,7 +47,7 @@ struct IgemmParams {
 
 // The shapes of tile that exist. `columns`: filters. In ping-pong each of the two warpgroups has a
 // tile of its own and stores it while the other multiplies; otherwise they share one.
-enum class IgemmTileKind { kPing128x64, kPing128x128, kWide128x256, kSplit128x128 };
+enum class IgemmTileKind { kPing128x64, kPing128x128, kWide128x256, kSplit128x64, kSplit128x128 };
 struct IgemmTileShape {
   IgemmTileKind kind;
   int rows, columns, cluster;
@@ -57,6 +57,7 @@ constexpr IgemmTileShape kIgemmTiles[] = {
     {IgemmTileKind::kPing128x64, 128, 64, 1, true},
     {IgemmTileKind::kPing128x128, 128, 128, 2, true},
     {IgemmTileKind::kWide128x256, 128, 256, 2, false},
+    {IgemmTileKind::kSplit128x64, 128, 64, 1, false},    // 3xTF32
     {IgemmTileKind::kSplit128x128, 128, 128, 1, false},  // 3xTF32
 };
 constexpr const IgemmTileShape& shape_of(IgemmTileKind kind) {

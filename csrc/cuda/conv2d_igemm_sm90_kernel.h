@@ -207,6 +207,16 @@ __device__ inline void multiply_split(const IgemmMemory<Tile>& memory, IgemmRing
   }
 }
 
+// A warpgroup without a pixel of the tile.
+template <class Tile>
+__device__ inline void pass(const IgemmMemory<Tile>& memory, IgemmRing<Tile>& ring, int steps) {
+  for (int step = 0; step < steps; ++step) {
+    ptx::mbarrier_wait(ptx::shared_address(memory.full + ring.stage), ring.parity);
+    release<Tile>(memory, ring.stage);
+    ring.advance();
+  }
+}
+
 // kPartColumns filters of a block's sums into shared memory.
 template <class Tile>
 __device__ inline void stage_part(const float (&d)[Tile::kSums], int first, int thread, float* to) {
@@ -283,6 +293,10 @@ __device__ inline void consume(const IgemmParams& t, const IgemmMemory<Tile>& me
     if (Tile::kPingPong && tile != tiles.tile) {
       ptx::named_barrier_sync(kOrderBarrier + consumer, 256);
     }
+    if (!Tile::kPingPong && at.first_pixel + first_row >= t.phases[at.phase].pixels) {
+      pass<Tile>(memory, ring, steps);
+      continue;
+    }
     IgemmSums<Tile> d;
     if constexpr (Tile::kSplit) {
       multiply_split<Tile>(memory, ring, steps, first_row, d);
@@ -352,6 +366,11 @@ void launch_igemm(const Launch& launch, IgemmTileKind kind, const IgemmParams& t
       return launch_tile<IgemmTile<Element, Operand, IgemmTileKind::kPing128x128>>(launch, t);
     case IgemmTileKind::kWide128x256:
       return launch_tile<IgemmTile<Element, Operand, IgemmTileKind::kWide128x256>>(launch, t);
+    case IgemmTileKind::kSplit128x64:
+      if constexpr (sizeof(Element) == 4) {
+        return launch_tile<IgemmTile<Element, Operand, IgemmTileKind::kSplit128x64>>(launch, t);
+      }
+      break;
     case IgemmTileKind::kSplit128x128:
       if constexpr (sizeof(Element) == 4) {
         return launch_tile<IgemmTile<Element, Operand, IgemmTileKind::kSplit128x128>>(launch, t);

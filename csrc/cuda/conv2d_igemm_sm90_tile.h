@@ -17,7 +17,8 @@ struct IgemmTile {
   using Operand = Operand_;
   static constexpr IgemmTileShape kShape = shape_of(kKind_);
   static constexpr bool kPingPong = kShape.ping_pong;
-  static constexpr bool kSplit = kKind_ == IgemmTileKind::kSplit128x128;
+  static constexpr bool kSplit =
+      kKind_ == IgemmTileKind::kSplit128x64 || kKind_ == IgemmTileKind::kSplit128x128;
   static constexpr int kCluster = kShape.cluster;
   static constexpr int kM = kShape.rows, kN = kShape.columns;
 

@@ -1,6 +1,7 @@
 // What a program that loads the emulator as a library calls: fastconv's extension for the rows,
 // fastconv/emulator.py through ctypes for the rest.
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "core/kernel_table.h"
@@ -18,6 +19,14 @@ Device emulated_device() {
   return device;
 }
 
+template <class Problem>
+Problem emulated_problem(Problem problem) {
+  if constexpr (std::is_same_v<Problem, Conv2dProblem>) {
+    problem.tf32 = problem.dtype == DType::kFloat32 && emulator::allows_tf32();
+  }
+  return problem;
+}
+
 // A CUDA row as a row on CPU tensors: the same decisions as on the emulated GPU.
 template <class K>
 void append_emulated(std::vector<K>& to, std::vector<K> rows) {
@@ -28,12 +37,16 @@ void append_emulated(std::vector<K>& to, std::vector<K> rows) {
       using Result = decltype(function(std::declval<typename K::Problem>(), Device()));
       return std::function<Result(const typename K::Problem&, const Device&)>(
           [function](const typename K::Problem& problem, const Device&) {
-            return function(problem, emulated_device());
+            return function(emulated_problem(problem), emulated_device());
           });
     };
     if (row.supports) row.supports = on_device(row.supports);
     if (row.cost) row.cost = on_device(row.cost);
     if (row.workspace) row.workspace = on_device(row.workspace);
+    row.launch = [launch = row.launch](const typename K::Problem& problem,
+                                       const typename K::Args& args, const Context& context) {
+      launch(emulated_problem(problem), args, context);
+    };
     to.push_back(std::move(row));
   }
 }
@@ -66,6 +79,10 @@ FASTCONV_EXPORT void fastconv_emulator_set_sm_count(int count) {
 }
 
 FASTCONV_EXPORT int fastconv_emulator_sm_count() { return fastconv::emulator::sm_count(); }
+
+FASTCONV_EXPORT void fastconv_emulator_allow_tf32(int allowed) {
+  fastconv::emulator::allow_tf32(allowed != 0);
+}
 
 FASTCONV_EXPORT void fastconv_emulator_start_log() { fastconv::emulator::start_log(); }
 

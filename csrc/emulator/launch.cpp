@@ -21,6 +21,7 @@ namespace {
 
 std::atomic<uint64_t> the_seed{0};
 std::atomic<int> the_sm_count{kSmCount};
+std::atomic<bool> tf32_allowed{false};
 
 std::mutex log_mutex;
 bool logging = false;
@@ -119,6 +120,9 @@ uint64_t seed() { return the_seed; }
 
 void set_sm_count(int count) { the_sm_count = count; }
 int sm_count() { return the_sm_count; }
+
+void allow_tf32(bool allowed) { tf32_allowed = allowed; }
+bool allows_tf32() { return tf32_allowed; }
 
 void start_log() {
   std::lock_guard<std::mutex> lock(log_mutex);

@@ -23,12 +23,15 @@ struct LogEntry {
 void start_log();
 std::vector<LogEntry> stop_log();
 
-// The GPU that is emulated, an H200. With fewer SMs a persistent kernel's block has many tiles where
-// a small problem would leave it one.
+// The GPU that is emulated, an H200. With fewer SMs a persistent kernel's block has many tiles
+// where a small problem would leave it one.
 constexpr int kSmArch = 90;
 constexpr int kSmCount = 132;
 void set_sm_count(int count);
 int sm_count();
+// Whether float32 convolutions may round to TF32: tensors on the CPU never ask for it.
+void allow_tf32(bool allowed);
+bool allows_tf32();
 constexpr int64_t kSharedMemoryPerBlock = 227 * 1024;
 
 }  // namespace emulator
