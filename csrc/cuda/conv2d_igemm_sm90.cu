@@ -150,6 +150,26 @@ TiledMap filter_map(const Conv2dProblem& p, const View& v, const void* base, int
   return map;
 }
 
+// Whether results can leave as boxes: one line of pixels, one of filters, and little to do on the
+// way. Wide activations and a residual take the general way.
+bool stores_boxes(const Conv2dProblem& p, const View& v, const Axes& axes) {
+  const int64_t pixels = p.N * (v.dgrad ? p.H * p.W : p.P() * p.Q());
+  const Epilogue& e = p.epilogue;
+  const bool simple =
+      v.dgrad || (!e.residual && !e.statistics &&
+                  (e.activation == Activation::kNone || e.activation == Activation::kReLU));
+  return simple && size_of(p.dtype) == 2 && p.G == 1 && v.outs % 8 == 0 && pixels <= 0x7fffffff &&
+         axes.phases() == 1 && (p.layout == Layout::kNHWC || pixels == p.N);
+}
+
+TiledMap results_map(const Conv2dProblem& p, const View& v, void* base) {
+  const int64_t pixels = p.N * (v.dgrad ? p.H * p.W : p.P() * p.Q());
+  TiledMap map = {map_type(p), base, 2, {v.outs, pixels}, {1, v.outs}};
+  map.box[0] = map.box[1] = 64;
+  map.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  return map;
+}
+
 // ---- tiles ----
 
 struct Cut {
@@ -300,6 +320,8 @@ IgemmParams params_of(const Conv2dProblem& p, const View& v, const IgemmTileShap
   fill_phases(p, v, axes, cut, shape, activations, out, t);
   t.filter = encode(filter_map(p, v, v.copy_filter ? workspace.filter : args.filter,
                                shape.columns / shape.cluster));
+  t.boxes = stores_boxes(p, v, axes);
+  if (t.boxes) t.results = encode(results_map(p, v, args.out));
   t.dst = {out.n, out.c, out.h * axes.h.phases(), out.w * axes.w.phases()};
   t.tiles = to_int(cut.tiles);
   t.group_tiles = to_int(cut.group_tiles);

@@ -31,6 +31,7 @@ struct IgemmPhase {
 struct IgemmParams {
   CUtensorMap activations[kMostPhases];
   CUtensorMap filter;
+  CUtensorMap results;  // where `boxes`
   IgemmPhase phases[kMostPhases];
   StageTarget target;
   Strides4 dst;                // from one of a phase's results to the next
@@ -42,6 +43,7 @@ struct IgemmParams {
   int tap_step_h, tap_step_w;  // in the filter from one tap to the next
   int S;
   int low_row;  // of the filter's map: where its low parts begin (3xTF32)
+  bool boxes;   // 16-bit results leave by TMA, in boxes of 64 pixels and 64 filters
   bool tiled;   // the activations' map is [pixels][channels], not im2col
 };
 

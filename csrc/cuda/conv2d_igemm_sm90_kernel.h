@@ -2,12 +2,9 @@
 // stages and two that multiply them with wgmma and store.
 #pragma once
 
-#include "cuda/conv2d_igemm_sm90_tile.h"
+#include "cuda/conv2d_igemm_sm90_store.h"
 #include "cuda/conv2d_layout.h"
-#include "cuda/conv2d_stage.h"
 #include "cuda/ptx/barrier.h"
-#include "cuda/ptx/fence.h"
-#include "cuda/ptx/opaque.h"
 #include "cuda/ptx/setmaxnreg.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
@@ -15,7 +12,6 @@
 namespace fastconv {
 namespace cuda {
 
-constexpr int kStoreBarrier = 1;  // and the next: of one multiplying warpgroup
 constexpr int kOrderBarrier = 3;  // and the next: a warpgroup's turn in ping-pong
 
 // ---- the warpgroup that loads ----
@@ -96,9 +92,6 @@ __device__ inline void release(const IgemmMemory<Tile>& memory, int stage) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   }
 }
-
-template <class Tile>
-using IgemmSums = float[Tile::kBlocks][Tile::kSums];
 
 template <class Tile>
 __device__ inline void clear(IgemmSums<Tile>& d) {
@@ -217,62 +210,6 @@ __device__ inline void pass(const IgemmMemory<Tile>& memory, IgemmRing<Tile>& ri
   }
 }
 
-// kPartColumns filters of a block's sums into shared memory.
-template <class Tile>
-__device__ inline void stage_part(const float (&d)[Tile::kSums], int first, int thread, float* to) {
-  const int lane = thread % 32, warp = thread / 32;
-  float* const at = to + (16 * warp + lane / 4) * Tile::kPitch + 2 * (lane % 4);
-#pragma unroll
-  for (int i = 0; i < Tile::kPartColumns / 8; ++i) {
-    const float* from = d + first + 4 * i;
-    store_pack(at + 8 * i, Pack<float, 2>{from[0], from[1]});
-    store_pack(at + 8 * i + 8 * Tile::kPitch, Pack<float, 2>{from[2], from[3]});
-  }
-}
-
-// Where the 64 pixels from `first` on lie in `out`.
-__device__ inline void write_offsets(const IgemmParams& t, const IgemmPhase& phase, int64_t first,
-                                     int thread, int64_t* offsets) {
-  if (thread >= 64) return;
-  const int64_t index = first + thread;
-  const Pixel at = pixel_at(min(index, phase.pixels - 1), phase.rows, phase.cols);
-  offsets[thread] = index < phase.pixels ? phase.origin + offset_of(t.dst, at) : -1;
-}
-
-template <class Tile>
-__device__ inline void store(const IgemmParams& t, const IgemmMemory<Tile>& memory,
-                             const IgemmTileAt& tile, int consumer, int first_row,
-                             const IgemmSums<Tile>& d) {
-  const IgemmPhase& phase = t.phases[tile.phase];
-  const auto sync = [consumer] { ptx::named_barrier_sync(kStoreBarrier + consumer, 128); };
-  // Rolled, with the registers picked by a constant inside: the epilogue's code is there once.
-#pragma unroll 1
-  for (int part = 0; part < Tile::kBlocks * Tile::kParts; ++part) {
-    const int thread = ptx::opaque(static_cast<int>(threadIdx.x) % 128);
-    float* const sums = memory.sums + consumer * 64 * Tile::kPitch;
-    int64_t* const offsets = memory.offsets + consumer * 64;
-    const int block = part / Tile::kParts;
-    const int first_out = tile.first_out + part % Tile::kParts * Tile::kPartColumns;
-    const int64_t first_pixel = tile.first_pixel + first_row + block * 64;
-    if (first_pixel >= phase.pixels) return;
-    if (first_out >= t.outs) continue;
-    if (part % Tile::kParts == 0) write_offsets(t, phase, first_pixel, thread, offsets);
-#pragma unroll
-    for (int i = 0; i < Tile::kBlocks * Tile::kParts; ++i) {
-      if (i == part) {
-        stage_part<Tile>(d[i / Tile::kParts], i % Tile::kParts * (Tile::kPartColumns / 2), thread,
-                         sums);
-      }
-    }
-    const StagedTile staged = {sums, offsets, tile.group * t.outs + first_out,
-                               min(Tile::kPartColumns, t.outs - first_out)};
-    sync();
-    store_tile<typename Tile::Element, 64, Tile::kPartColumns, 128>(
-        staged, t.target, first_pixel / kStatisticsRows, thread, sync);
-    sync();  // before `sums` is written again
-  }
-}
-
 // A block's tiles go to its warpgroups in turn. The second may look at the ring only when the first
 // has seen its last stage filled: an mbarrier tells this round from the next, not from the one
 // after. From there on, the first's last products, its epilogue and the second's main loop overlap.
@@ -309,6 +246,7 @@ __device__ inline void consume(const IgemmParams& t, const IgemmMemory<Tile>& me
     }
     store<Tile>(t, memory, at, consumer, first_row, d);
   }
+  finish_store(t);
 }
 
 template <class Tile>

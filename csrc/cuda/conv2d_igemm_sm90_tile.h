@@ -64,7 +64,7 @@ struct IgemmMemory {
 
   __host__ __device__ explicit IgemmMemory(SharedCarver& carver)
       : stages(carver.take<unsigned char>(Tile::kStages * Tile::kStageBytes, 1024)),
-        sums(carver.take<float>(2 * 64 * Tile::kPitch)),
+        sums(carver.take<float>(2 * 64 * Tile::kPitch, 1024)),
         offsets(carver.take<int64_t>(2 * 64)),
         full(carver.take<uint64_t>(Tile::kStages)),
         empty(carver.take<uint64_t>(Tile::kStages)) {}
