@@ -44,6 +44,10 @@ View view_of(const Conv2dProblem& p, Direction direction, bool one_tap) {
   return v;
 }
 
+int64_t result_pixels(const Conv2dProblem& p, const View& v) {
+  return p.N * (v.dgrad ? p.H * p.W : p.P() * p.Q());
+}
+
 FilterCopy filter_copy_of(const Conv2dProblem& p, const View& v) {
   return {v.dgrad ? FilterOrder::kCRSK : FilterOrder::kKRSC, splits(p)};
 }
@@ -153,7 +157,7 @@ TiledMap filter_map(const Conv2dProblem& p, const View& v, const void* base, int
 // Whether results can leave as boxes: one line of pixels, one of filters, and little to do on the
 // way. Wide activations and a residual take the general way.
 bool stores_boxes(const Conv2dProblem& p, const View& v, const Axes& axes) {
-  const int64_t pixels = p.N * (v.dgrad ? p.H * p.W : p.P() * p.Q());
+  const int64_t pixels = result_pixels(p, v);
   const Epilogue& e = p.epilogue;
   const bool simple =
       v.dgrad || (!e.residual && !e.statistics &&
@@ -163,7 +167,7 @@ bool stores_boxes(const Conv2dProblem& p, const View& v, const Axes& axes) {
 }
 
 TiledMap results_map(const Conv2dProblem& p, const View& v, void* base) {
-  const int64_t pixels = p.N * (v.dgrad ? p.H * p.W : p.P() * p.Q());
+  const int64_t pixels = result_pixels(p, v);
   TiledMap map = {map_type(p), base, 2, {v.outs, pixels}, {1, v.outs}};
   map.box[0] = map.box[1] = 64;
   map.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
@@ -172,9 +176,22 @@ TiledMap results_map(const Conv2dProblem& p, const View& v, void* base) {
 
 // ---- tiles ----
 
+// How many blocks share a sum. It follows from the problem alone, as if every GPU had an H200's 132
+// SMs, so that the bits do too. Eight steps of a tile's take about as long as filling the ring.
+int splits_of(const Conv2dProblem& p, const View& v, const Axes& axes) {
+  if (axes.phases() != 1 || p.epilogue.statistics) return 1;
+  constexpr int64_t kSms = 132, kLeastSteps = 8, kMost = 16;
+  const AxisPhase h = axes.h.phase(0), w = axes.w.phase(0);
+  const int64_t steps = ceil_div(v.red, depth_of(p.dtype)) * h.taps * w.taps;
+  const int64_t tiles = ceil_div(p.N * h.count * w.count, 128) * ceil_div(v.outs, 128) * p.G;
+  return to_int(std::max<int64_t>(
+      1, std::min({kSms / std::max<int64_t>(tiles, 1), steps / kLeastSteps, kMost})));
+}
+
 struct Cut {
   int64_t first_tile[kMostPhases], pixel_tiles, group_tiles, tiles;
-  double steps;  // of the main loop, in all tiles
+  int splits;    // each with as many tiles
+  double steps;  // of the main loop, in all tiles of all splits
 };
 
 Cut cut_of(const Conv2dProblem& p, const View& v, const Axes& axes, const IgemmTileShape& shape) {
@@ -189,6 +206,7 @@ Cut cut_of(const Conv2dProblem& p, const View& v, const Axes& axes, const IgemmT
     cut.steps += static_cast<double>(tiles * filter_tiles * h.taps * w.taps * chunks);
   }
   cut.tiles = cut.pixel_tiles * filter_tiles;
+  cut.splits = splits_of(p, v, axes);
   return cut;
 }
 
@@ -214,8 +232,9 @@ double busy_cycles(const Conv2dProblem& p, const View& v, const Axes& axes, Igem
   if (cut.tiles == 0) return 0;
   const double share = p.dtype == DType::kFloat32 ? cost.share_tf32 : cost.share_16bit;
   const double step = shape.rows * shape.columns * 64 / 2048.0 * (splits(p) ? 3 : 1);
-  const double tile = cut.steps / static_cast<double>(cut.tiles) * step / share + cost.exposed;
-  return static_cast<double>(ceil_div(cut.tiles, std::max(1, sms / shape.cluster))) * tile;
+  const int64_t tiles = cut.tiles * cut.splits;
+  const double tile = cut.steps / static_cast<double>(tiles) * step / share + cost.exposed;
+  return static_cast<double>(ceil_div(tiles, std::max(1, sms / shape.cluster))) * tile;
 }
 
 IgemmTileKind tile_of(const Conv2dProblem& p, const View& v, const Axes& axes, int sms) {
@@ -257,17 +276,22 @@ constexpr Row kRows[] = {
     {"conv2d_igemm_sm90_statistics", "conv2d_statistics", Direction::kFprop, false, 1},
 };
 
+int64_t partial_bytes(const Conv2dProblem& p, const View& v, const Axes& axes) {
+  const int splits = splits_of(p, v, axes);
+  return splits == 1 ? 0 : splits * result_pixels(p, v) * v.outs * p.G * int64_t{sizeof(float)};
+}
+
 // What a launch finds in the workspace.
 struct Workspace {
   void *activations, *filter;
-  float* partials;
+  float *partials, *partial_sums;  // of the statistics; of a split reduction
   size_t bytes;
 
   Workspace(const Conv2dProblem& p, const View& v, void* base) {
     WorkspaceCarver carver(base);
     const int64_t pixels = v.height * v.width, channels = v.red * p.G;
     activations = filter = nullptr;
-    partials = nullptr;
+    partials = partial_sums = nullptr;
     if (v.copy_input) {
       activations = carver.take(activation_copy_bytes(p.dtype, p.N, channels, pixels, p.G));
     }
@@ -276,6 +300,7 @@ struct Workspace {
       const int64_t tiles = ceil_div(p.N * p.P() * p.Q(), kStatisticsRows);
       partials = static_cast<float*>(carver.take(statistics_bytes(tiles, p.K)));
     }
+    partial_sums = static_cast<float*>(carver.take(partial_bytes(p, v, axes_of(p, v))));
     bytes = carver.bytes();
   }
 };
@@ -320,10 +345,13 @@ IgemmParams params_of(const Conv2dProblem& p, const View& v, const IgemmTileShap
   fill_phases(p, v, axes, cut, shape, activations, out, t);
   t.filter = encode(filter_map(p, v, v.copy_filter ? workspace.filter : args.filter,
                                shape.columns / shape.cluster));
-  t.boxes = stores_boxes(p, v, axes);
+  t.boxes = cut.splits == 1 && stores_boxes(p, v, axes);
   if (t.boxes) t.results = encode(results_map(p, v, args.out));
   t.dst = {out.n, out.c, out.h * axes.h.phases(), out.w * axes.w.phases()};
-  t.tiles = to_int(cut.tiles);
+  t.tiles = to_int(cut.tiles * cut.splits);
+  t.splits = cut.splits;
+  t.split_tiles = to_int(cut.tiles);
+  t.partial_sums = workspace.partial_sums;
   t.group_tiles = to_int(cut.group_tiles);
   t.G = to_int(p.G);
   t.red = to_int(v.padded);
@@ -365,6 +393,12 @@ void launch(const Row& row, const Conv2dProblem& p, const Conv2dArgs& args,
     launch_igemm_bfloat16(launch, kind, t);
   } else {
     launch_igemm_float32(launch, kind, t);
+  }
+  if (t.splits > 1) {
+    reduce_igemm(row.name, p.dtype,
+                 {t.partial_sums, result_pixels(p, v), to_int(v.outs * p.G), t.splits,
+                  t.phases[0].rows, t.phases[0].cols, t.dst, t.target.epilogue, args.out},
+                 context.stream);
   }
   if (p.epilogue.statistics) {
     const int64_t pixels = p.N * p.P() * p.Q();
@@ -419,10 +453,11 @@ std::string supports(const Row& row, const Conv2dProblem& p, const Device&) {
   }
   std::string why = refuse_conv_beyond_int(p, 256);
   if (why.empty()) {
-    why = refuse_beyond_int({{"batch", p.N},
-                             {"pixels", v.tiled ? p.N * p.H * p.W : 0},
-                             {"tiles", (p.N * p.H * p.W / 128 + 8) * ceil_div(v.outs, 64) * p.G},
-                             {"filter rows", 2 * v.outs * p.G + 512}});
+    why = refuse_beyond_int(
+        {{"batch", p.N},
+         {"pixels", v.tiled ? p.N * p.H * p.W : 0},
+         {"tiles", (result_pixels(p, v) / 128 + 8) * ceil_div(v.outs, 64) * p.G * 16},
+         {"filter rows", 2 * v.outs * p.G + 512}});
   }
   if (!why.empty()) return why;
   const Axes axes = axes_of(p, v);
@@ -453,6 +488,11 @@ double cost(const Row& row, const Conv2dProblem& p, const Device& device) {
     const int64_t tiles = ceil_div(p.N * p.P() * p.Q(), kStatisticsRows);
     bytes += 2.0 * static_cast<double>(statistics_bytes(tiles, p.K));
     launch_us += 4;
+  }
+  const int64_t partials = partial_bytes(p, v, axes);
+  if (partials > 0) {
+    bytes += 2.0 * static_cast<double>(partials);
+    launch_us += 2;
   }
   return gpu_us(launch_us, bytes, cycles * sms, 1, device) / row.advantage;
 }

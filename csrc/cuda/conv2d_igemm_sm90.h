@@ -36,6 +36,8 @@ struct IgemmParams {
   StageTarget target;
   Strides4 dst;                // from one of a phase's results to the next
   int phase_count, tiles;      // tiles: pixel tiles times filter tiles
+  int splits, split_tiles;     // split_tiles: tiles of one split
+  float* partial_sums;         // of more than one split: [split][pixel][G * outs]
   int group_tiles, G;          // filter tiles of a group
   int red, outs;               // a group
   int jump_h, jump_w;          // of the window from one result to the next
@@ -65,6 +67,19 @@ constexpr IgemmTileShape kIgemmTiles[] = {
 constexpr const IgemmTileShape& shape_of(IgemmTileKind kind) {
   return kIgemmTiles[static_cast<int>(kind)];
 }
+
+// Few tiles of long sums are split over more blocks: each split's sums stay float32, and a second
+// kernel adds them up in order and has the epilogue.
+struct IgemmReduction {
+  const float* partial_sums;  // [splits][pixels][K]
+  int64_t pixels;
+  int K, splits;
+  int rows, cols;  // of an image of results
+  Strides4 dst;
+  EpilogueParams epilogue;
+  void* out;
+};
+void reduce_igemm(const char* name, DType dtype, const IgemmReduction& t, void* stream);
 
 // One for each element type, in files of their own: each takes ptxas half a minute.
 void launch_igemm_bfloat16(const Launch& launch, IgemmTileKind kind, const IgemmParams& t);

@@ -64,18 +64,24 @@ __device__ inline void produce_tile(const IgemmParams& t, const IgemmMemory<Tile
   at.window.h = pixel.row * t.jump_h + phase.start_h;
   at.window.n = static_cast<int>(pixel.n);
   const int filter_row = tile.group * t.outs + tile.first_out;
-  for (int c = 0; c < t.red; c += Tile::kDepth) {
+  const IgemmSteps steps(t, tile, Tile::kDepth);
+  if (steps.count == 0) return;
+  const int taps = phase.taps_h * phase.taps_w;
+  int c = steps.first / taps * Tile::kDepth;
+  int i = steps.first % taps / phase.taps_w, j = steps.first % taps % phase.taps_w;
+  for (int step = 0; step < steps.count; ++step) {
     at.window.c = tile.group * t.red + c;
-    for (int i = 0; i < phase.taps_h; ++i) {
-      at.window.offset_h = static_cast<uint16_t>(phase.offset_h + i * t.move_h);
-      const int row = (phase.first_r + i * t.tap_step_h) * t.S + phase.first_s;
-      for (int j = 0; j < phase.taps_w; ++j) {
-        at.window.offset_w = static_cast<uint16_t>(phase.offset_w + j * t.move_w);
-        ptx::mbarrier_wait(ptx::shared_address(memory.empty + ring.stage), ring.parity ^ 1);
-        load_step<Tile>(t, memory, ring.stage, at, c, row + j * t.tap_step_w, filter_row);
-        ring.advance();
-      }
-    }
+    at.window.offset_h = static_cast<uint16_t>(phase.offset_h + i * t.move_h);
+    at.window.offset_w = static_cast<uint16_t>(phase.offset_w + j * t.move_w);
+    const int row = phase.first_r + i * t.tap_step_h, col = phase.first_s + j * t.tap_step_w;
+    ptx::mbarrier_wait(ptx::shared_address(memory.empty + ring.stage), ring.parity ^ 1);
+    load_step<Tile>(t, memory, ring.stage, at, c, row * t.S + col, filter_row);
+    ring.advance();
+    if (++j < phase.taps_w) continue;
+    j = 0;
+    if (++i < phase.taps_h) continue;
+    i = 0;
+    c += Tile::kDepth;
   }
 }
 
@@ -222,7 +228,7 @@ __device__ inline void consume(const IgemmParams& t, const IgemmMemory<Tile>& me
   int turn = 0;
   for (int tile = tiles.tile; tile < t.tiles; tile += tiles.step, turn ^= 1) {
     const IgemmTileAt at = IgemmTileAt::of<Tile>(t, tile);
-    const int steps = igemm_steps(t, t.phases[at.phase], Tile::kDepth);
+    const int steps = IgemmSteps(t, at, Tile::kDepth).count;
     if (Tile::kPingPong && turn != consumer) {
       ring.skip(steps);
       continue;

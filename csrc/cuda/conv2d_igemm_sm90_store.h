@@ -164,10 +164,36 @@ __device__ inline void store_boxes(const IgemmParams& t, const IgemmMemory<Tile>
   }
 }
 
+// ---- a split's sums, as they are ----
+
+// Four lanes fill a sector of 32 bytes.
+template <class Tile>
+__device__ inline void store_partial(const IgemmParams& t, const IgemmTileAt& tile, int first_row,
+                                     const IgemmSums<Tile>& d) {
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x) % 128);
+  const int64_t pixels = t.phases[0].pixels;
+  const int first_out = tile.first_out + 2 * (thread % 4);
+#pragma unroll
+  for (int half = 0; half < 2 * Tile::kBlocks; ++half) {
+    const int64_t pixel = tile.first_pixel + first_row + half / 2 * 64 + half % 2 * 8 +
+                          thread / 32 * 16 + thread % 32 / 4;
+    if (pixel >= pixels) continue;
+    float* const to =
+        t.partial_sums + ((tile.split * pixels + pixel) * t.G + tile.group) * t.outs + first_out;
+#pragma unroll
+    for (int i = 0; i < Tile::kSums / 4; ++i) {
+      const float* from = d[half / 2] + 4 * i + half % 2 * 2;
+      if (first_out + 8 * i < t.outs) to[8 * i] = from[0];
+      if (first_out + 8 * i + 1 < t.outs) to[8 * i + 1] = from[1];
+    }
+  }
+}
+
 template <class Tile>
 __device__ inline void store(const IgemmParams& t, const IgemmMemory<Tile>& memory,
                              const IgemmTileAt& tile, int consumer, int first_row,
                              const IgemmSums<Tile>& d) {
+  if (t.splits > 1) return store_partial<Tile>(t, tile, first_row, d);
   if constexpr (sizeof(typename Tile::Element) == 2) {
     if (t.boxes) return store_boxes<Tile>(t, memory, tile, consumer, first_row, d);
   }

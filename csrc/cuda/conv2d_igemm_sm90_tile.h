@@ -97,14 +97,16 @@ struct IgemmRing {
 // together read the same activations: 132 blocks at K = 512 in tiles of 128 read 33 pixel tiles,
 // from DRAM once, and the whole filter, which stays in L2 (3x3 on 512 channels: 4.7 of 60 MB).
 struct IgemmTileAt {
-  int phase, group, first_out;  // first_out: in the group
+  int split, phase, group, first_out;  // first_out: in the group
   int64_t first_pixel;
 
   template <class Tile>
   static __device__ IgemmTileAt of(const IgemmParams& t, int tile) {
     const int filter_tiles = t.G * t.group_tiles;
-    const int pixel_tile = tile / filter_tiles, filter_tile = tile - pixel_tile * filter_tiles;
     IgemmTileAt at;
+    at.split = tile / t.split_tiles;
+    tile -= at.split * t.split_tiles;
+    const int pixel_tile = tile / filter_tiles, filter_tile = tile - pixel_tile * filter_tiles;
     at.phase = 0;
     while (at.phase + 1 < t.phase_count && pixel_tile >= t.phases[at.phase + 1].first_tile) {
       ++at.phase;
@@ -119,9 +121,16 @@ struct IgemmTileAt {
   }
 };
 
-__device__ inline int igemm_steps(const IgemmParams& t, const IgemmPhase& phase, int depth) {
-  return phase.taps_h * phase.taps_w * ((t.red + depth - 1) / depth);
-}
+// The steps of a tile: taps inside channels, its split's share of them.
+struct IgemmSteps {
+  int first, count;
+  __device__ IgemmSteps(const IgemmParams& t, const IgemmTileAt& at, int depth) {
+    const IgemmPhase& phase = t.phases[at.phase];
+    const int64_t all = phase.taps_h * phase.taps_w * ((t.red + depth - 1) / depth);
+    first = static_cast<int>(all * at.split / t.splits);
+    count = static_cast<int>(all * (at.split + 1) / t.splits) - first;
+  }
+};
 
 // The tiles of this block: every grid-th from its own number on.
 template <class Tile>
