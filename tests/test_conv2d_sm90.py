@@ -39,7 +39,7 @@ def shape(name, N, C, H, W, K, R=1, stride=1, pad=0, dil=1, groups=1):
 
 # Pixel tiles have 128 pixels, filter tiles 64, 128 or 256 filters; a step 64 or 32 channels.
 LARGE = (
-    shape("3x3", 2, 72, 11, 13, 248, 3, pad=1),
+    shape("3x3", 2, 64, 11, 13, 248, 3, pad=1),
     shape("3x3, narrow", 2, 136, 12, 13, 24, 3, pad=1),
     shape("3x3 stride 2", 2, 40, 29, 30, 136, 3, stride=2, pad=1),
     shape("3x3 dilation 2", 1, 64, 21, 20, 130, 3, pad=2, dil=2),
@@ -84,6 +84,42 @@ def test_every_tile_runs_and_gives_the_same_bits(dtype, tiles):
             seen |= {(entry.cluster, entry.shared_bytes) for entry in log if entry.threads == 384}
         assert all(support.same_bits(results[0], other) for other in results[1:]), case.shape.name
     assert len(seen) == tiles, seen
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=support.name_of)
+def test_few_tiles_of_long_sums_are_split(dtype, layout):
+    """Over as many blocks as an H200 would have, whatever the GPU; a second kernel adds them up and
+    has the epilogue."""
+    long = shape("long", 1, 264, 7, 6, 72, 3, pad=1)
+    case = ConvCase(long, "integers", dtype)
+    for name in ROWS[:2]:
+        with emulator.launches() as log:
+            got = run_row(name, case, layout)
+        assert not exact_failure(got, case.reference[row_named(name).direction]), name
+        assert log[-1].threads == 256 and log[-2].threads == 384
+    if dtype is torch.float16:
+        return
+    case = ConvCase(long, "normal", dtype)
+    x, w, residual = (
+        t.contiguous(memory_format=FORMATS[layout]) for t in (case.input, case.weight, case.grad)
+    )
+    mean, var = torch.zeros(long.K, dtype=dtype), torch.ones(long.K, dtype=dtype)
+    results = []
+    for sms in (2, 132):
+        with emulator.sms(sms), torch.no_grad():
+            out, reason = forced(
+                row_named(ROWS[0]),
+                lambda: ff.conv_bn_relu(
+                    x, w, case.bias, mean, var, None, None, residual=residual, eps=0.0, padding=1
+                ),
+            )
+        assert not reason, reason
+        results.append(out)
+    assert support.same_bits(*results)
+    exact = (case.reference["fprop"] + case.grad.double()).relu()
+    failure = support.contract_failure(results[0], exact, case.peer_error["fprop"])
+    assert not failure, failure
 
 
 @pytest.mark.parametrize("layout", FORMATS)
