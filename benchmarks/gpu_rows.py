@@ -5,6 +5,7 @@ runs the same rows on the CPU. Ends with status 1 when a row is wrong or nothing
 """
 
 import argparse
+import contextlib
 import sys
 
 import torch
@@ -116,6 +117,11 @@ def results(row, call, module, leaves, arguments):
     return torch.autograd.grad(out, leaves[which], grad)[0]
 
 
+def emulated_precision(precision: str):
+    """torch's switches do not reach CPU tensors."""
+    return fastconv.emulator.tf32() if precision == "tf32" else contextlib.nullcontext()
+
+
 def check(row, device: str, convolutions) -> tuple[int, list[str]]:
     ran, wrong = 0, []
     for dtype, precision, eps in MODES:
@@ -131,8 +137,7 @@ def check(row, device: str, convolutions) -> tuple[int, list[str]]:
                     for t in leaves
                 ]
                 try:
-                    # On CPU tensors torch's switches speak of no GPU, unless this is said.
-                    with fastconv.kernel(row.name), fastconv.emulator.tf32():
+                    with fastconv.kernel(row.name), emulated_precision(precision):
                         got = results(row, call, ff, leaves, arguments).double().cpu()
                 except RuntimeError as error:
                     if f"kernel {row.name} is forced and cannot run" in str(error):

@@ -35,13 +35,12 @@ def launches_of(row) -> list[fastconv.emulator.Launch]:
     for dtype, precision, _ in gpu_rows.MODES:
         if dtype not in row.dtypes or dtype == torch.float16:  # whose launches are bfloat16's
             continue
-        torch.backends.cudnn.conv.fp32_precision = precision
         for _, call, leaves, arguments in gpu_rows.problems(row, gpu_rows.CONVOLUTIONS):
             leaves = [t.to(dtype) for t in leaves]
             try:
                 with (
                     fastconv.kernel(row.name),
-                    fastconv.emulator.tf32(),
+                    gpu_rows.emulated_precision(precision),
                     fastconv.emulator.launches() as log,
                 ):
                     gpu_rows.results(row, call, ff, leaves, arguments)

@@ -95,6 +95,25 @@ def seed(value: int) -> None:
 
 
 @contextlib.contextmanager
+def sms(count: int):
+    """``with sms(2):`` emulates a GPU of 2 SMs instead of an H200's 132. A persistent kernel then
+    gives a block several tiles of a problem that is small enough to emulate.
+
+    Raises:
+        ValueError: `count` is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"sms: {count} SMs, less than 1")
+    load()
+    before = _library.fastconv_emulator_sm_count()
+    _library.fastconv_emulator_set_sm_count(ctypes.c_int(count))
+    try:
+        yield
+    finally:
+        _library.fastconv_emulator_set_sm_count(ctypes.c_int(before))
+
+
+@contextlib.contextmanager
 def launches():
     """``with launches() as log:`` fills the list `log` with a :class:`Launch` a kernel, in order,
     when the block ends."""
@@ -122,9 +141,9 @@ def truncation():
 
 @contextlib.contextmanager
 def tf32():
-    """In this block float32 convolutions on CPU tensors, emulated or interpreted, follow torch's
-    switches for TF32 (``torch.backends.cudnn.allow_tf32`` and its successors) as they do on a GPU.
-    Elsewhere they are strict."""
+    """In this block float32 convolutions on CPU tensors, emulated or interpreted, may round their
+    operands to TF32. On a GPU torch's switches say so (``torch.backends.cudnn.allow_tf32``); they
+    do not reach tensors on the CPU."""
     switch = _extension.load().set_tf32_on_cpu
     before = switch(True)
     try:

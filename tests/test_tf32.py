@@ -37,12 +37,8 @@ pytestmark = pytest.mark.skipif(not TENSOR_CORES, reason="the emulator does not 
 
 @pytest.fixture
 def allowed():
-    switch = torch.backends.cudnn
-    before = switch.allow_tf32
-    switch.allow_tf32 = True
     with fastconv.emulator.tf32():
         yield
-    switch.allow_tf32 = before
 
 
 def to_tf32(t: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,9 @@
 namespace fastconv {
 
 void add_cuda_kernels(KernelTable& table) {
+#ifdef FASTCONV_SM90A
+  add_cuda_conv2d_igemm_sm90_rows(table);
+#endif
   add_cuda_conv2d_small_channel_rows(table);
   add_cuda_conv2d_depthwise_rows(table);
   add_cuda_conv2d_depthwise_wgrad_rows(table);

@@ -6,6 +6,7 @@
 namespace fastconv {
 
 // Convolution: from specialised to general; the last row of each direction takes any problem.
+void add_cuda_conv2d_igemm_sm90_rows(KernelTable& table);     // fprop, dgrad, statistics; 1x1 too
 void add_cuda_conv2d_small_channel_rows(KernelTable& table);  // fprop
 void add_cuda_conv2d_depthwise_rows(KernelTable& table);      // fprop and dgrad
 void add_cuda_conv2d_depthwise_wgrad_rows(KernelTable& table);

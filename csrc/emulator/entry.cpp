@@ -14,7 +14,7 @@ Device emulated_device() {
   Device device;
   device.type = Device::Type::kCuda;
   device.sm_arch = emulator::kSmArch;
-  device.sm_count = emulator::kSmCount;
+  device.sm_count = emulator::sm_count();
   device.shared_memory_per_block = emulator::kSharedMemoryPerBlock;
   return device;
 }
@@ -29,8 +29,7 @@ void append_emulated(std::vector<K>& to, std::vector<K> rows) {
       using Result = decltype(function(std::declval<typename K::Problem>(), Device()));
       return std::function<Result(const typename K::Problem&, const Device&)>(
           [function](const typename K::Problem& problem, const Device&) {
-            static const Device device = emulated_device();
-            return function(problem, device);
+            return function(problem, emulated_device());
           });
     };
     if (row.supports) row.supports = on_device(row.supports);
@@ -66,6 +65,12 @@ FASTCONV_EXPORT uint64_t fastconv_emulator_seed() { return fastconv::emulator::s
 FASTCONV_EXPORT void fastconv_emulator_set_truncation(bool on) {
   fastconv::emulator::set_truncation(on);
 }
+
+FASTCONV_EXPORT void fastconv_emulator_set_sm_count(int count) {
+  fastconv::emulator::set_sm_count(count);
+}
+
+FASTCONV_EXPORT int fastconv_emulator_sm_count() { return fastconv::emulator::sm_count(); }
 
 FASTCONV_EXPORT void fastconv_emulator_start_log() { fastconv::emulator::start_log(); }
 

@@ -20,6 +20,7 @@ namespace emulator {
 namespace {
 
 std::atomic<uint64_t> the_seed{0};
+std::atomic<int> the_sm_count{kSmCount};
 
 std::mutex log_mutex;
 bool logging = false;
@@ -115,6 +116,9 @@ void set_back(Cluster& cluster, int64_t first_block,
 
 void set_seed(uint64_t seed) { the_seed = seed; }
 uint64_t seed() { return the_seed; }
+
+void set_sm_count(int count) { the_sm_count = count; }
+int sm_count() { return the_sm_count; }
 
 void start_log() {
   std::lock_guard<std::mutex> lock(log_mutex);

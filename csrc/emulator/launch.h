@@ -23,9 +23,12 @@ struct LogEntry {
 void start_log();
 std::vector<LogEntry> stop_log();
 
-// The GPU that is emulated, an H200.
+// The GPU that is emulated, an H200. With fewer SMs a persistent kernel's block has many tiles
+// where a small problem would leave it one.
 constexpr int kSmArch = 90;
 constexpr int kSmCount = 132;
+void set_sm_count(int count);
+int sm_count();
 constexpr int64_t kSharedMemoryPerBlock = 227 * 1024;
 
 }  // namespace emulator

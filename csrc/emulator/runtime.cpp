@@ -50,7 +50,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
       *value = fastconv::emulator::kSmArch % 10;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = fastconv::emulator::kSmCount;
+      *value = fastconv::emulator::sm_count();
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(fastconv::emulator::kSharedMemoryPerBlock);

@@ -27,13 +27,13 @@ inline bool ask_for_conv(bool (at::Context::*allows)(const std::string&) const) 
 // it does not mind which of the two was set last.
 inline bool conv_may_use_tf32() { return detail::ask_for_conv(&at::Context::allowTF32CuDNN); }
 
-// Whether the switches hold for CPU tensors, too: for a GPU's kernels that run in the emulator or
-// in Triton's interpreter. A user of either wants float32 unless told otherwise, and torch's switch
-// is on at first.
+// The same for CPU tensors, for a GPU's kernels in the emulator or in Triton's interpreter: torch's
+// switch, which is on at first, does not reach those.
 inline std::atomic<bool> tf32_on_cpu{false};
 
 inline bool may_use_tf32(const at::Tensor& like) {
-  return like.scalar_type() == at::kFloat && (like.is_cuda() || tf32_on_cpu) && conv_may_use_tf32();
+  if (like.scalar_type() != at::kFloat) return false;
+  return like.is_cuda() ? conv_may_use_tf32() : tf32_on_cpu.load();
 }
 
 }  // namespace fastconv

@@ -1,0 +1,11 @@
+#include "cuda/conv2d_igemm_sm90_kernel.h"
+
+namespace fastconv {
+namespace cuda {
+
+void launch_igemm_float32(const Launch& launch, IgemmTileKind kind, const IgemmParams& t) {
+  launch_igemm<float, ptx::Tf32>(launch, kind, t);
+}
+
+}  // namespace cuda
+}  // namespace fastconv
