@@ -9,6 +9,8 @@
 // are split over blocks, whose partial sums are added up in order.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/conv2d.h"
 #include "cuda/conv2d_igemm_sm90_wgrad_work.h"
 #include "cuda/ptx/barrier.h"
@@ -252,13 +254,23 @@ __device__ inline void each_four(const float (&sums)[Tile::kSums], Put&& put) {
   }
 }
 
+// 16 bytes as one number: member by member, nvcc forgets their alignment and stores 4 at a time.
+__device__ inline void store_four(float* to, const Pack<float, 4>& four) {
+  using Whole = unsigned __int128;
+  static_assert(sizeof(Whole) == sizeof(four) && alignof(Whole) == kPackBytes, "a pack");
+  uint32_t words[4];
+  memcpy(words, &four, sizeof(words));
+  *reinterpret_cast<Whole*>(to) =
+      Whole{words[0]} | Whole{words[1]} << 32 | Whole{words[2]} << 64 | Whole{words[3]} << 96;
+}
+
 // All of the tile, whether it exists or not: wgrad_reduce_kernel() knows what to read.
 template <class Tile>
 __device__ inline void store_slot(float* slot, const Part& part, const float (&sums)[Tile::kSums]) {
   constexpr int kRowSums = Tile::kChunks * kChunk;
   float* to = slot + part.row * kRowSums + part.chunk * kChunk;
   each_four<Tile>(sums, [&](int row, int column, const Pack<float, 4>& four) {
-    store_pack(to + row * kRowSums + column, four);
+    store_four(to + row * kRowSums + column, four);
   });
 }
 
