@@ -135,7 +135,7 @@ void launch_element(const Plan& plan, const Params& t, const CUtensorMap& grad,
   }
   if (t.slots == nullptr) return;
   const int64_t quads = plan.units * t.cluster * plan.tile.sums() / 4;
-  launch_kernel({kName, blocks_for(quads, kReduceThreads), kReduceThreads, stream},
+  launch_kernel({kName, blocks_for(quads, kReduceThreads), kReduceThreads, stream, 0, 1, true},
                 &wgrad_reduce_kernel<T>, t, plan.tile.rows, plan.tile.chunks);
 }
 
