@@ -135,7 +135,7 @@ void launch_element(const Plan& plan, const Params& t, const CUtensorMap& grad,
   }
   if (t.slots == nullptr) return;
   const int64_t quads = plan.units * t.cluster * plan.tile.sums() / 4;
-  launch_kernel({kName, blocks_for(quads, kReduceThreads), kReduceThreads, stream},
+  launch_kernel({kName, blocks_for(quads, kReduceThreads), kReduceThreads, stream, 0, 1, true},
                 &wgrad_reduce_kernel<T>, t, plan.tile.rows, plan.tile.chunks);
 }
 
@@ -206,9 +206,9 @@ double cost(const Conv2dProblem& p, const Device& device) {
   const int64_t smallest = std::min(p.N * p.P() * p.Q() * operand_of(p, p.K).channels,
                                     p.N * p.H * p.W * operand_of(p, p.C).channels);
   if (smallest * size_of(p.dtype) < kLeastMappedBytes) launches += 1000;
-  // Of what the plan counts, power and waits leave four fifths.
-  constexpr double kShare = 0.8, kFlops = 2 * 2048;
-  return gpu_us(launches, bytes, plan.cycles * 132 * kFlops, kFlops * kShare, device);
+  // The plan's cycles are those of 132 SMs.
+  constexpr double kFlops = 2 * 2048;
+  return gpu_us(launches, bytes, plan.cycles * 132 * kFlops, kFlops, device);
 }
 
 }  // namespace

@@ -71,8 +71,7 @@ struct Plan {
   int cluster() const { return share == Share::kNothing ? 1 : kPair; }
   // Pieces a unit where that is a whole number, else 0.
   int64_t pieces() const { return unit_steps % worker_steps == 0 ? unit_steps / worker_steps : 0; }
-  // A unit's part is a partial sum: one a worker, or one where a piece begins and one where it
-  // ends.
+  // Partial sums: one a worker, or one where a piece begins and one where it ends.
   int64_t slots() const { return pieces() == 1 ? 0 : (pieces() > 1 ? 1 : 2) * workers * cluster(); }
   int64_t partial_bytes() const { return slots() * tile.sums() * 4; }
 };
@@ -80,11 +79,12 @@ struct Plan {
 namespace detail {
 
 constexpr int64_t kSms = 132;  // of an H200. Elsewhere the pieces are the same, the fill another.
-// What bounds a step. Tensor cores: 2048 multiply-adds a cycle and SM. L2: 5.6 TB/s measured on
-// this architecture are about 28 bytes a cycle and SM; 128 x 256 results want 48 of it and 128 x
-// 128 64, so that what is shared decides: 128 x 256 with a shared input want 32. Memory, where
-// units pass other pixels and the tensors are larger than L2 holds: 4.3 TB/s are 18.
-constexpr double kMultiplyAdds = 2048, kL2Bytes = 28, kMemoryBytes = 18, kL2Holds = 40e6;
+// What bounds a step. Tensor cores: 2048 multiply-adds a cycle and SM, of which power and waits
+// leave four fifths. L2: 5.6 TB/s measured on this architecture are about 28 bytes a cycle and SM;
+// 128 x 256 results want 48 of it and 128 x 128 want 64, so that what is shared decides: 128 x 256
+// with a shared input want 32. Memory, where units pass other pixels and the tensors are larger
+// than L2 holds: 4.3 TB/s are 18.
+constexpr double kMultiplyAdds = 0.8 * 2048, kL2Bytes = 28, kMemoryBytes = 18, kL2Holds = 40e6;
 constexpr double kBlock = 2500;         // cycles until a block's first product, and after its last
 constexpr double kStoreBytes = 16;      // of sums, a cycle and SM
 constexpr double kReduceBytes = 20;     // of partial sums read again

@@ -9,11 +9,14 @@
 // are split over blocks, whose partial sums are added up in order.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/conv2d.h"
 #include "cuda/conv2d_igemm_sm90_wgrad_work.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/cluster.h"
 #include "cuda/ptx/fence.h"
+#include "cuda/ptx/griddepcontrol.h"
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/setmaxnreg.h"
 #include "cuda/ptx/tma.h"
@@ -252,13 +255,24 @@ __device__ inline void each_four(const float (&sums)[Tile::kSums], Put&& put) {
   }
 }
 
-// All of the tile, whether it exists or not: wgrad_reduce_kernel() knows what to read.
+// 16 bytes as one number: member by member, nvcc forgets their alignment and stores 4 at a time.
+__device__ inline void store_four(float* to, const Pack<float, 4>& four) {
+  using Whole = unsigned __int128;
+  static_assert(sizeof(Whole) == sizeof(four) && alignof(Whole) == kPackBytes, "a pack");
+  uint32_t words[4];
+  memcpy(words, &four, sizeof(words));
+  *reinterpret_cast<Whole*>(to) =
+      Whole{words[0]} | Whole{words[1]} << 32 | Whole{words[2]} << 64 | Whole{words[3]} << 96;
+}
+
+// All columns, whether they exist or not: wgrad_reduce_kernel() knows what to read.
 template <class Tile>
-__device__ inline void store_slot(float* slot, const Part& part, const float (&sums)[Tile::kSums]) {
+__device__ inline void store_slot(float* slot, const Part& part, int rows,
+                                  const float (&sums)[Tile::kSums]) {
   constexpr int kRowSums = Tile::kChunks * kChunk;
   float* to = slot + part.row * kRowSums + part.chunk * kChunk;
   each_four<Tile>(sums, [&](int row, int column, const Pack<float, 4>& four) {
-    store_pack(to + row * kRowSums + column, four);
+    if (part.row + row < rows) store_four(to + row * kRowSums + column, four);
   });
 }
 
@@ -307,11 +321,13 @@ __device__ inline void consume(const Params& t, const Memory<Tile>& memory, int 
   for (Segment segment; piece.next(segment);) {
     float sums[Tile::kSums];
     multiply(memory, consumer, segment.steps, t.cluster, ring, sums);
+    const TileAt at = tile_at(t, segment.unit, rank, Tile::kRows, Tile::kChunks);
     if (segment.slot < 0) {
-      store_whole<Tile>(t, tile_at(t, segment.unit, rank, Tile::kRows, Tile::kChunks), part, sums);
+      store_whole<Tile>(t, at, part, sums);
     } else {
       const int64_t slot = slot_at(t, worker, segment.slot, rank);
-      store_slot<Tile>(t.slots + slot * Tile::kTileSums, part, sums);
+      store_slot<Tile>(t.slots + slot * Tile::kTileSums, part, t.conv.k_per_group - at.first_k,
+                       sums);
     }
   }
 }
@@ -336,6 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   ptx::cluster_sync();
+  ptx::griddepcontrol_launch_dependents();  // wgrad_reduce_kernel() waits for the end
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<56>();
     if (threadIdx.x < 32 && ptx::elect_one()) {
@@ -356,6 +373,7 @@ constexpr int kReduceThreads = 128;
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads)
     wgrad_reduce_kernel(const __grid_constant__ Params t, int rows, int chunks) {
+  ptx::griddepcontrol_wait();  // launched while the last pieces are still summed
   const int quads = chunks * (kChunk / 4), tile_quads = rows * quads;
   const int64_t all = t.units * t.cluster * tile_quads;
   for (int64_t i = blockIdx.x * int64_t{kReduceThreads} + threadIdx.x; i < all;
@@ -364,6 +382,11 @@ __global__ void __launch_bounds__(kReduceThreads)
     const Division by_rank = divide(in_tile.quotient, t.cluster);
     const int64_t unit = by_rank.quotient;
     const int rank = by_rank.remainder;
+    const TileAt tile = tile_at(t, unit, rank, rows, chunks);
+    const int k = tile.first_k + in_tile.remainder / quads;
+    const int column = in_tile.remainder % quads * 4;
+    const int chunk = tile.first_chunk + column / kChunk;
+    if (k >= t.conv.k_per_group || chunk >= t.chunks) continue;
     const Parts parts = parts_of(t, unit);
     if (parts.first == parts.last) continue;  // that worker has stored it
     Pack<float, 4> sum = {};
@@ -375,11 +398,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum.at[e] += part.at[e];
     }
-    const TileAt tile = tile_at(t, unit, rank, rows, chunks);
-    const int row = in_tile.remainder / quads, column = in_tile.remainder % quads * 4;
-    const int chunk = tile.first_chunk + column / kChunk;
-    if (chunk >= t.chunks) continue;
-    store_gradient<T>(t, tile.group, tile.first_k + row, chunk_at(t, chunk), column % kChunk, sum);
+    store_gradient<T>(t, tile.group, k, chunk_at(t, chunk), column % kChunk, sum);
   }
 }
 
