@@ -21,6 +21,12 @@ MIN_SETUPTOOLS = (77, 0)  # reads pyproject.toml's `license = "BSD-3-Clause"`
 DEFAULT_ARCHES = "8.0;9.0+PTX"
 # wgmma and setmaxnreg exist in sm_90a alone, whose PTX runs on nothing else: machine code only.
 HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"
+# torch takes CUDA's own 16-bit conversions from every .cu file. Ours see no torch, and compile as
+# they do by nvcc alone.
+PLAIN_CUDA_FLAGS = [
+    f"-U__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+]
 # One compiler process on torch's headers needs about this much memory.
 BYTES_PER_JOB = 2 << 30
 

@@ -330,6 +330,7 @@ def test_sm90_files_are_compiled_for_sm_90a_alone(tmp_path, arches, compiled):
     assert table.startswith("kernels  " + ("yes: for sm_90a" if compiled else "no: the arch list"))
     assert facts["hopper_kernels"] is compiled
     assert (["FASTCONV_SM90A", None] in macros) is compiled
+    assert "-U__CUDA_NO_BFLOAT16_CONVERSIONS__" in nvcc  # which torch's own flags define
     # torch adds TORCH_CUDA_ARCH_LIST's flags only where no flag has these letters in it.
     assert not [flag for flag in nvcc if "arch" in flag]
     assert f'-DFASTCONV_CUDA_ARCHES="{arches or "8.0;9.0+PTX"}"' in cxx

@@ -72,14 +72,38 @@ int64_t tile_of(int64_t extent) {
   return tile;
 }
 
-double gemm_us(const Conv2dProblem& p, Direction direction, const Device& device) {
+// Of the share above, what a tile reaches: a small one reads more operands for each product, and
+// channels that do not fill 16 bytes are loaded one by one.
+double tile_share(const Conv2dProblem& p, Direction direction, int64_t rows, int64_t columns) {
+  const auto fills = [&p](int64_t channels) { return channels / p.G * size_of(p.dtype) % 16 == 0; };
+  const bool scattered = (direction != Direction::kDgrad && !fills(p.C)) ||
+                         (direction != Direction::kFprop && !fills(p.K));
+  const int64_t least = std::min(rows, columns), most = std::max(rows, columns);
+  const double share = least >= 128                 ? 1
+                       : least >= 64 && most >= 128 ? 0.6
+                       : least >= 32                ? 0.5
+                                                    : 0.3;
+  return scattered ? 0.4 * share : share;
+}
+
+double gemm_us(const Conv2dProblem& p, Direction direction, const Device& device,
+               double advantage) {
   const Gemm g = gemm_of(p, direction);
   const int64_t tile_rows = tile_of(g.rows), tile_columns = tile_of(g.columns);
   const int64_t tiles = g.count * ceil_div(g.rows, tile_rows) * ceil_div(g.columns, tile_columns);
-  const double flops =
-      2.0 * static_cast<double>(tiles * tile_rows * tile_columns) * static_cast<double>(g.depth);
-  // A filter gradient has few results and a long sum: that is split between blocks.
-  const int64_t splits = direction == Direction::kWgrad ? std::max<int64_t>(1, g.depth / 512) : 1;
+  // A filter gradient has few results and a long sum: that is split between the blocks of about two
+  // waves, whose partial sums are written, read and added.
+  const int64_t sms = std::max(device.sm_count, 1);
+  const int64_t most_splits =
+      direction == Direction::kWgrad ? std::max<int64_t>(1, g.depth / 512) : 1;
+  const int64_t splits =
+      std::min(most_splits, std::max<int64_t>(1, 2 * sms / std::max<int64_t>(1, tiles)));
+  const int64_t partials = splits > 1 ? 2 * 4 * splits * p.filter_elements() : 0;
+  // The last wave of blocks takes as long as a full one.
+  const int64_t blocks = tiles * splits;
+  const int64_t whole = blocks > sms ? ceil_div(blocks, sms) * sms : blocks;
+  const double flops = 2.0 * static_cast<double>(whole * tile_rows * tile_columns) *
+                       static_cast<double>(ceil_div(g.depth, splits));
   // NCHW is copied into NHWC first: written once and read once more, by a kernel of its own.
   const bool copies = p.layout == Layout::kNCHW && !p.is_1x1();
   const int64_t copied = direction == Direction::kFprop ? p.input_elements()
@@ -87,9 +111,12 @@ double gemm_us(const Conv2dProblem& p, Direction direction, const Device& device
                              ? p.output_elements()
                              : p.input_elements() + p.output_elements();
   const double bytes =
-      p.bytes() + (copies ? 2.0 * static_cast<double>(copied * size_of(p.dtype)) : 0.0);
-  return gpu_us(copies ? kLaunch + kSecondLaunch : kLaunch, bytes, flops,
-                tensor_core_flops(p, device), busy_part(device, tiles * splits, /*a_sm=*/1));
+      p.bytes() + static_cast<double>((copies ? 2 * copied * size_of(p.dtype) : 0) + partials);
+  const double launches = kLaunch + kSecondLaunch * ((copies ? 1 : 0) + (splits > 1 ? 1 : 0));
+  return gpu_us(
+      launches, bytes, flops,
+      advantage * tensor_core_flops(p, device) * tile_share(p, direction, tile_rows, tile_columns),
+      busy_part(device, blocks, /*a_sm=*/1));
 }
 
 // The merge of the tiles' statistics walks 64 of them at a time, twice, at half a microsecond's
@@ -185,7 +212,7 @@ struct ConvRow {
   const char* name;
   Direction direction;
   std::string (*supports)(const Conv2dProblem&, const Device&);
-  double advantage = 1;  // by which it is expected to be faster than the general row
+  double advantage = 1;  // by which its products are expected to be faster than the general row's
 };
 
 // From special to general; of equal cost the earlier one wins.
@@ -208,7 +235,7 @@ Conv2dKernel conv_row(const ConvRow& r, const char* op) {
   row.cost = [direction = r.direction, advantage = r.advantage, statistics](const Conv2dProblem& p,
                                                                             const Device& device) {
     const double merge = statistics ? merge_us(p) : 0;
-    return kLaunch + merge + (gemm_us(p, direction, device) - kLaunch) / advantage;
+    return merge + gemm_us(p, direction, device, advantage);
   };
   if (r.supports == supports_tma_1x1) {
     row.arch = "sm_90";
