@@ -65,17 +65,16 @@ __device__ inline void store_results(const WgradParams& t, const TileAt& at, con
   float* partials =
       t.partials + (int64_t{at.split} * filters + first_k) * t.pitch + at.first_column;
   T* out = static_cast<T*>(t.conv.out) + first_k * t.conv.flt.n;
-  for_each_neighbours<Tile>(sum, warp, [&](int row, int col, const auto& neighbours) {
-    constexpr int kCount = sizeof(neighbours) / sizeof(float);
+  for_each_four<Tile>(sum, warp, [&](int row, int col, const Pack<float, 4>& four) {
     if (row >= rows || col >= cols) return;
     if (t.partials != nullptr) {
-      store_pack(partials + int64_t{row} * t.pitch + col, neighbours);
+      store_pack(partials + int64_t{row} * t.pitch + col, four);
       return;
     }
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
+    for (int e = 0; e < 4; ++e) {
       const int64_t offset = offsets[col + e];
-      if (offset >= 0) out[row * t.conv.flt.n + offset] = narrow<T>(neighbours.at[e]);
+      if (offset >= 0) out[row * t.conv.flt.n + offset] = narrow<T>(four.at[e]);
     }
   });
 }
@@ -157,7 +156,7 @@ FASTCONV_HOST_DEVICE constexpr int parts_of(int splits) {
 
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads)
-    conv2d_igemm_sm80_wgrad_reduce_kernel(const WgradParams t, int splits) {
+    conv2d_reduce_columns_kernel(const WgradParams t, int splits) {
   SharedCarver carve(shared_memory());
   float* sums = carve.take<float>(kReduceThreads);
   const ConvParams& conv = t.conv;
@@ -365,7 +364,7 @@ void launch_type(const Plan& plan, const Conv2dProblem& p, const WgradParams& t,
     carve.take<float>(kReduceThreads);
     const int lanes = kReduceThreads / parts_of(plan.split.splits);
     launch_kernel({kName, blocks_for(p.K * t.pitch, lanes), kReduceThreads, stream, carve.bytes()},
-                  &conv2d_igemm_sm80_wgrad_reduce_kernel<T>, t, plan.split.splits);
+                  &conv2d_reduce_columns_kernel<T>, t, plan.split.splits);
   }
 }
 

@@ -189,29 +189,38 @@ __device__ inline void multiply_stage(const Tile& tile, int stage, const WgradWa
   }
 }
 
-// Calls f(row, column, neighbours) for all of a thread's results: 2 or 4 of neighbouring columns.
+// Calls f(row, column, four) for all of a thread's results: four of neighbouring columns, which a
+// thread has of float32 anyhow. 16-bit: two neighbouring threads have two each of rows g and g + 8;
+// one of them takes both rows' part of g, the other that of g + 8. The warp calls this together.
 template <class Tile, class F>
-__device__ inline void for_each_neighbours(const typename Tile::Sums& sum, const WgradWarp& at,
-                                           F&& f) {
+__device__ inline void for_each_four(const typename Tile::Sums& sum, const WgradWarp& at, F&& f) {
+  constexpr unsigned kWarp = 0xffffffff;
   const int g = at.lane / 4, t = at.lane % 4;
 #pragma unroll
-  for (int v = 0; v < 2 * Tile::kMmaM; ++v) {  // of mma v / 2, the upper or lower half of its rows
-    const int i = v / 2, upper = v % 2 * 2;
+  for (int i = 0; i < Tile::kMmaM; ++i) {
     if constexpr (Tile::kIs16Bit) {
+      const bool odd = t % 2 != 0;
 #pragma unroll
       for (int j = 0; j < Tile::kMmaN; ++j) {
-        const Pack<float, 2> two = {sum[i][j][upper], sum[i][j][upper + 1]};
-        f(at.m + 16 * i + 4 * upper + g, at.n + 8 * j + 2 * t, two);
+        const auto& own = sum[i][j];
+        const float x = __shfl_xor_sync(kWarp, odd ? own[0] : own[2], 1);
+        const float y = __shfl_xor_sync(kWarp, odd ? own[1] : own[3], 1);
+        const Pack<float, 4> four = {odd ? x : own[0], odd ? y : own[1], odd ? own[2] : x,
+                                     odd ? own[3] : y};
+        f(at.m + 16 * i + (odd ? 8 : 0) + g, at.n + 8 * j + t / 2 * 4, four);
       }
     } else {
-      const int row = at.m + 32 * (v / 4) + 4 * g + v % 4;
 #pragma unroll
-      for (int j = 0; j < Tile::kMmaN; j += 4) {
+      for (int half = 0; half < 2; ++half) {
+        const int v = 2 * i + half, row = at.m + 32 * (v / 4) + 4 * g + v % 4;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const Pack<float, 4> four = {sum[i][j][upper + e], sum[i][j + 1][upper + e],
-                                       sum[i][j + 2][upper + e], sum[i][j + 3][upper + e]};
-          f(row, at.n + 8 * j + 4 * (2 * t + e), four);
+        for (int j = 0; j < Tile::kMmaN; j += 4) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            const Pack<float, 4> four = {sum[i][j][e], sum[i][j + 1][e], sum[i][j + 2][e],
+                                         sum[i][j + 3][e]};
+            f(row, at.n + 8 * j + 4 * (2 * t + e % 2), four);
+          }
         }
       }
     }
