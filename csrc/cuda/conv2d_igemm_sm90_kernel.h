@@ -275,6 +275,7 @@ __global__ void __launch_bounds__(kIgemmThreads, 1)
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<40>();
     if (threadIdx.x < 32 && ptx::elect_one()) {
+      ptx::tma_prefetch_map(&t.filter);
       IgemmRing<Tile> ring;
       IgemmTiles<Tile> tiles;
       for (int tile = tiles.tile; tile < t.tiles; tile += tiles.step) {
