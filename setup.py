@@ -43,8 +43,8 @@ def extension(plan):
     if plan.cuda.build:
         host.append(f'-DFASTCONV_CUDA_ARCHES="{plan.arches}"')
     macros = ["FASTCONV_WITH_CUDA"] * plan.cuda.build + ["FASTCONV_SM90A"] * plan.hopper.build
-    # torch adds the flags of TORCH_CUDA_ARCH_LIST unless a flag has "arch" in it, as a folder's name
-    # may ("research"): these name none, and csrc/cuda needs none of torch's.
+    # torch adds the flags of TORCH_CUDA_ARCH_LIST unless a flag has "arch" in it, as a path may
+    # ("research"): these name none, and csrc/cuda needs none of torch's.
     nvcc = ["-O3", "-Xcompiler=-fvisibility=hidden,-Wall", *decisions.PLAIN_CUDA_FLAGS]
     made = kind(
         "fastconv._C",

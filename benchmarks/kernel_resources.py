@@ -133,34 +133,35 @@ def short(name: str) -> str:
 def constants(text: str) -> dict[str, str]:
     """name -> expression of the `constexpr int` definitions of a file."""
     found = {}
-    for definition in re.findall(r"constexpr int (k\w+ = [^;(]+);", text):
-        found |= re.findall(r"(k\w+) = ([^,]+)", definition)
+    for definition in re.findall(r"constexpr int (k\w+ = [^;]+);", text):
+        found |= re.findall(r"(k\w+) = ((?:[^,()]|\([^()]*\))+)", definition)
     return found
 
 
 def value_of(expression: str, values: dict[str, str]) -> int | None:
-    """A product of numbers and constants."""
-    product = 1
-    for factor in map(str.strip, expression.split("*")):
-        if factor in values:
-            factor = str(value_of(values[factor], values))
-        if not factor.isdigit():
-            return None
-        product *= int(factor)
-    return product
+    """Of sums and products of numbers and constants; None where it has anything else in it."""
+    for _ in range(5):  # constants of constants
+        expression = re.sub(r"\bk\w+", lambda m: f"({values.get(m[0], m[0])})", expression)
+    if not re.fullmatch(r"[\d\s()*+-]+", expression):
+        return None
+    try:
+        return int(eval(expression, {"__builtins__": {}}))
+    except SyntaxError:
+        return None
 
 
 def launch_bounds() -> dict[str, int]:
-    """Threads of a block by kernel, for bounds that are a number or a constant of csrc/cuda."""
+    """Threads of a block by kernel, for bounds that are made of numbers and csrc/cuda's constants.
+    Of constants with one name, the header's counts whose name is most like the kernel's file's."""
     files = [f for kind in ("*.h", "*.cu") for f in sorted((CSRC / "cuda").rglob(kind))]
     texts = {file: file.read_text() for file in files}
-    shared = {}
-    for file, text in texts.items():
-        if file.suffix == ".h":
-            shared |= constants(text)
+    headers = {file: constants(text) for file, text in texts.items() if file.suffix == ".h"}
     bounds = {}
-    for text in texts.values():
-        values = shared | constants(text)
+    for file, text in texts.items():
+        values = {}
+        for header in sorted(headers, key=lambda h: len(os.path.commonprefix([h.stem, file.stem]))):
+            values |= headers[header]
+        values |= constants(text)
         for bound, name in re.findall(r"__launch_bounds__\((\w+)[^)]*\)\s+(\w+)\s*\(", text):
             threads = value_of(bound, values)
             if threads is not None:

@@ -7,11 +7,11 @@ Reads what cuobjdump says of a built extension (fastconv/_C*.so), or compiles cs
 files that hold one of NAME, otherwise all of them, *sm90* for sm_90a and the others for sm_80 and
 sm_90. cuobjdump and nvdisasm are looked for in CUDA_HOME, on PATH and in the Triton wheel.
 
-A kernel named *igemm_sm90* or compiled for sm_90a must multiply by wgmma (HGMMA), copy by TMA
+A kernel named *igemm_sm90* must be compiled for sm_90a, multiply by wgmma (HGMMA), copy by TMA
 (UTMALDG) and move registers between warps (USETMAXREG); one named *igemm_sm80* must multiply by
 mma.sync (HMMA) and copy 16 bytes at a time (LDGSTS.128). Both must store 16 bytes at a time or by
-TMA, and no kernel may use local memory (LDL, STL). Ends with status 1 when one does otherwise, and
-with 2 when no kernel is found at all.
+TMA; those named *reduce*, which add up partial sums, are left out. No kernel may use local memory
+(LDL, STL). Ends with status 1 when one does otherwise, and with 2 when no kernel is found at all.
 """
 
 import argparse
@@ -104,19 +104,20 @@ def faults_of(kernel: Kernel) -> list[str]:
 
     if kernel.has("LDL") or kernel.has("STL"):
         found.append(f"{kernel.has('LDL')} LDL and {kernel.has('STL')} STL: local memory")
-    hopper = "igemm_sm90" in kernel.template
-    if hopper and kernel.arch != "sm_90a":
-        found.append(f"compiled for {kernel.arch}")
-    if hopper or (kernel.arch == "sm_90a" and "igemm" in kernel.template):
+    multiplies = re.search(r"igemm_sm(80|90)(?!.*reduce)", kernel.template)
+    if multiplies is None:
+        return found
+    if multiplies[1] == "90":
+        if kernel.arch != "sm_90a":
+            found.append(f"compiled for {kernel.arch}")
         for opcode in ("HGMMA", "UTMALDG", "USETMAXREG"):
             needs(kernel.has(opcode), opcode)
-    elif "igemm_sm80" in kernel.template:
+    else:
         needs(kernel.has("HMMA"), "HMMA")
         needs(kernel.wide.get("copies", 0), "LDGSTS.128")
         if kernel.has("HGMMA"):
             found.append(f"{kernel.has('HGMMA')} HGMMA, which sm_80 has not")
-    if hopper or "igemm_sm80" in kernel.template:
-        needs(kernel.wide.get("stores", 0) + kernel.has("UTMASTG"), "STG.128 or UTMASTG")
+    needs(kernel.wide.get("stores", 0) + kernel.has("UTMASTG"), "STG.128 or UTMASTG")
     return found
 
 

@@ -113,5 +113,12 @@ def test_other_kernels_need_no_tensor_cores_but_no_local_memory(sass):
     assert kernel.faults == ["0 LDL and 1 STL: local memory"]
 
 
+def test_what_adds_up_partial_sums_multiplies_nothing(sass):
+    text = SM90.replace("24conv2d_igemm_sm90_kernel", "31conv2d_igemm_sm90_reduce_kernel")
+    text = text.replace("HGMMA", "FADD").replace("UTMASTG", "STG.E")
+    (kernel,) = sass.parse(text.splitlines())
+    assert kernel.template == "conv2d_igemm_sm90_reduce_kernel" and kernel.faults == []
+
+
 def test_a_build_without_kernels_is_no_success(sass, monkeypatch, tmp_path):
     assert run(sass, monkeypatch, tmp_path, "")[0] == 2
