@@ -10,7 +10,7 @@ import support
 from fastconv.benchmarking.shapes import ConvShape
 from support import FORMATS, conv_case, exact_failure, forced, name_of, run_conv
 
-SIZES = ("", "_small")
+SIZES = ("", "_tall", "_small")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IGEMM = [
     row
@@ -76,7 +76,7 @@ STATISTICS = (
 )
 
 
-@pytest.mark.parametrize("size", SIZES, ids=["large", "small"])
+@pytest.mark.parametrize("size", SIZES, ids=["large", "tall", "small"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_statistics(size, layout, dtype):

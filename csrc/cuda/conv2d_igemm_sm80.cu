@@ -12,32 +12,44 @@ namespace fastconv {
 namespace cuda {
 namespace {
 
+// Shares of the tensor cores' rate are argued, not measured: shared memory has 128 bytes a cycle,
+// of which copies and warps ask for 96 in the large tile, 144 in the tall one, 192 in the small one
+// at sm_80's full rate. Barriers, addresses and the epilogue take the rest.
+struct TileRow {
+  int m, n, blocks;
+  double share;
+  bool patches;
+  int64_t shared_bytes;
+};
+template <class Tile>
+TileRow tile_row(double share) {
+  return {Tile::kM, Tile::kN, Tile::kBlocks, share, Tile::kPatches, igemm_shared_bytes<Tile>()};
+}
+const TileRow kLarge = tile_row<IgemmLarge>(0.6), kTall = tile_row<IgemmTall>(0.5),
+              kSmall = tile_row<IgemmSmall>(0.4);
+
 struct IgemmRow {
   const char* name;
   const char* op;
   Direction direction;
-  int size;      // of the tile's either side
-  int blocks;    // an SM's, where the main loop reaches its share
-  double share;  // of the tensor cores' rate, by copies
+  const TileRow& widest;
   bool backward() const { return direction == Direction::kDgrad; }
+  // 3xTF32 has no registers for the large tile, nor a use: with three products for each operand it
+  // brings, shared memory feeds the tall one as well.
+  const TileRow& tile(const Conv2dProblem& p) const {
+    return p.dtype == DType::kFloat32 && !p.tf32 && &widest == &kLarge ? kTall : widest;
+  }
 };
-
-// Shares are argued, not measured: shared memory feeds the large tile's warps at 1.3 times what
-// they ask for, the small tile's at 0.7; barriers, addresses and the epilogue take the rest.
-constexpr double kLargeShare = 0.6, kSmallShare = 0.4;
 constexpr IgemmRow kRows[] = {
-    {"conv2d_igemm_sm80_fprop", "conv2d", Direction::kFprop, IgemmLarge::kM, IgemmLarge::kBlocks,
-     kLargeShare},
-    {"conv2d_igemm_sm80_small_fprop", "conv2d", Direction::kFprop, IgemmSmall::kM, IgemmSmall::kBlocks,
-     kSmallShare},
-    {"conv2d_igemm_sm80_dgrad", "conv2d", Direction::kDgrad, IgemmLarge::kM, IgemmLarge::kBlocks,
-     kLargeShare},
-    {"conv2d_igemm_sm80_small_dgrad", "conv2d", Direction::kDgrad, IgemmSmall::kM, IgemmSmall::kBlocks,
-     kSmallShare},
-    {"conv2d_igemm_sm80_statistics", "conv2d_statistics", Direction::kFprop, IgemmLarge::kM,
-     IgemmLarge::kBlocks, kLargeShare},
-    {"conv2d_igemm_sm80_small_statistics", "conv2d_statistics", Direction::kFprop, IgemmSmall::kM,
-     IgemmSmall::kBlocks, kSmallShare},
+    {"conv2d_igemm_sm80_fprop", "conv2d", Direction::kFprop, kLarge},
+    {"conv2d_igemm_sm80_tall_fprop", "conv2d", Direction::kFprop, kTall},
+    {"conv2d_igemm_sm80_small_fprop", "conv2d", Direction::kFprop, kSmall},
+    {"conv2d_igemm_sm80_dgrad", "conv2d", Direction::kDgrad, kLarge},
+    {"conv2d_igemm_sm80_tall_dgrad", "conv2d", Direction::kDgrad, kTall},
+    {"conv2d_igemm_sm80_small_dgrad", "conv2d", Direction::kDgrad, kSmall},
+    {"conv2d_igemm_sm80_statistics", "conv2d_statistics", Direction::kFprop, kLarge},
+    {"conv2d_igemm_sm80_tall_statistics", "conv2d_statistics", Direction::kFprop, kTall},
+    {"conv2d_igemm_sm80_small_statistics", "conv2d_statistics", Direction::kFprop, kSmall},
 };
 
 // How a problem is cut, for the launch, the workspace and the estimate. Of the problem alone.
@@ -46,7 +58,8 @@ struct Cut {
   bool patches, copy_source, copy_filter;
   int tap_units_log2;
   int64_t pixel_tiles, out_tiles, tiles;
-  int64_t steps;  // of the average phase
+  int64_t steps;      // of a phase
+  double step_share;  // of them, in the average phase: 1x1 at stride 2 has taps in one of four
   int splits;
 };
 
@@ -68,6 +81,8 @@ Cut cut_of(const IgemmRow& row, const Conv2dProblem& p) {
   const int64_t phases_w = backward ? std::min(p.stride_w, p.W) : 1;
   const int64_t taps = ceil_div(p.R * p.S, std::max<int64_t>(phases_h * phases_w, 1));
   Cut cut = {};
+  cut.step_share = static_cast<double>(p.R * p.S) /
+                   static_cast<double>(std::max<int64_t>(1, phases_h * phases_w * taps));
   cut.red = (backward ? p.K : p.C) / p.G;
   cut.outs = (backward ? p.C : p.K) / p.G;
   const int64_t units = ceil_div(cut.red, unit);
@@ -87,8 +102,8 @@ Cut cut_of(const IgemmRow& row, const Conv2dProblem& p) {
   }
   const int64_t positions =
       backward ? ceil_div(p.H, phases_h) * ceil_div(p.W, phases_w) : p.P() * p.Q();
-  cut.pixel_tiles = ceil_div(p.N * positions, row.size);
-  cut.out_tiles = ceil_div(cut.outs, row.size);
+  cut.pixel_tiles = ceil_div(p.N * positions, row.tile(p).m);
+  cut.out_tiles = ceil_div(cut.outs, row.tile(p).n);
   cut.tiles = cut.pixel_tiles * cut.out_tiles * p.G * phases_h * phases_w;
   cut.splits = splits_of(cut.tiles, cut.steps);
   return cut;
@@ -112,7 +127,7 @@ struct Workspace {
     }
     if (cut.copy_filter) filter = carver.take(filter_copy_bytes(p, {filter_order(row)}));
     if (cut.splits > 1) {
-      split_sums = carver.take(cut.splits * cut.tiles * row.size * row.size *
+      split_sums = carver.take(cut.splits * cut.tiles * row.tile(p).m * row.tile(p).n *
                                static_cast<int64_t>(sizeof(float)));
     }
     if (p.epilogue.statistics) partials = carver.take(statistics_bytes(cut.pixel_tiles, p.K));
@@ -125,22 +140,22 @@ std::string supports(const IgemmRow& row, const Conv2dProblem& p, const Device& 
   if (p.G > 1 && p.C == p.G) return "1 channel a group";
   if (p.G > 1 && p.K == p.G) return "1 filter a group";
   const Cut cut = cut_of(row, p);
-  if (cut.patches && row.size == IgemmLarge::kM) {
+  if (cut.patches && !row.tile(p).patches) {
     return std::to_string(cut.red) + (row.backward() ? " filters" : " channels") +
            " a group, which a smaller tile gathers one by one";
   }
-  const int64_t bytes = row.size == IgemmLarge::kM ? igemm_shared_bytes<IgemmLarge>()
-                                                   : igemm_shared_bytes<IgemmSmall>();
-  if (bytes > device.shared_memory_per_block) {
-    return std::to_string(bytes) + " bytes of shared memory";
+  if (row.tile(p).shared_bytes > device.shared_memory_per_block) {
+    return std::to_string(row.tile(p).shared_bytes) + " bytes of shared memory";
   }
   constexpr int64_t kPadded = kIgemmUnits * kPackBytes;
-  const std::string why = refuse_conv_beyond_int(p, std::max<int64_t>(row.size, kPadded));
+  const std::string why = refuse_conv_beyond_int(p, std::max<int64_t>(row.tile(p).m, kPadded));
   if (!why.empty()) return why;
+  // An image's and a filter's offsets are int in the main loop; a block is a tile.
   return refuse_beyond_int(
-      {{"image elements", (p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) * (p.C + p.G * kPadded)},
+      {{"tiles", cut.tiles * cut.splits},
+       {"image elements", (p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) * (p.C + p.G * kPadded)},
        {"gradient elements", p.P() * p.Q() * (p.K + p.G * kPadded)},
-       {"filter elements", p.R * p.S * (p.C / p.G + kPadded) * (p.K + row.size)}});
+       {"filter elements", p.R * p.S * (p.C / p.G + kPadded) * (p.K + row.tile(p).n)}});
 }
 
 // Multiplications and additions an SM's tensor cores do in a cycle by mma.sync: on sm_90 it reaches
@@ -155,18 +170,19 @@ double cost(const IgemmRow& row, const Conv2dProblem& p, const Device& device) {
   constexpr double kLaunch = 3, kNextLaunch = 2;
   const Cut cut = cut_of(row, p);
   const int64_t blocks = cut.tiles * cut.splits;
-  const int64_t slots = std::max(device.sm_count, 1) * row.blocks;
+  const int64_t slots = std::max(device.sm_count, 1) * row.tile(p).blocks;
   // The last wave takes as long as a full one.
   const int64_t whole = blocks > slots ? ceil_div(blocks, slots) * slots : blocks;
   const double depth =
       static_cast<double>(ceil_div(cut.steps, cut.splits) * kIgemmRowBytes / size_of(p.dtype));
-  const double flops = 2.0 * depth * static_cast<double>(whole * row.size * row.size) *
-                       (cut.patches ? kPatchPrice : 1);
+  const double flops = 2.0 * depth * static_cast<double>(whole * row.tile(p).m * row.tile(p).n) *
+                       (cut.patches ? kPatchPrice : 1) * cut.step_share;
   // Copies and partial sums are written and read.
   const auto moved = static_cast<double>(Workspace(row, p, cut, nullptr).bytes);
   const int more = cut.copy_source + cut.copy_filter + (cut.splits > 1) + p.epilogue.statistics;
   return gpu_us(kLaunch + kNextLaunch * more, p.bytes() + 2 * moved, flops,
-                tensor_flops(p, device) * row.share, busy_part(device, blocks, row.blocks));
+                tensor_flops(p, device) * row.tile(p).share,
+                busy_part(device, blocks, row.tile(p).blocks));
 }
 
 IgemmParams params_of(const IgemmRow& row, const Conv2dProblem& p, const Conv2dArgs& args,
@@ -202,8 +218,8 @@ IgemmParams params_of(const IgemmRow& row, const Conv2dProblem& p, const Conv2dA
   t.flt_step_h = t.h.tap_step * t.flt_h;
   t.flt_step_w = t.w.tap_step * t.flt_w;
   t.N = p.N;
-  t.pixel_tiles = cut.pixel_tiles;
-  t.tiles = cut.tiles;
+  t.pixel_tiles = to_int(cut.pixel_tiles);
+  t.tiles = to_int(cut.tiles);
   t.G = conv.G;
   t.red = to_int(cut.red);
   t.outs = to_int(cut.outs);
@@ -228,7 +244,7 @@ void launch(const IgemmRow& row, const Conv2dProblem& p, const Conv2dArgs& args,
     copy_filter(row.name, p, {filter_order(row)}, args.filter, workspace.filter, context.stream);
   }
   const IgemmParams t = params_of(row, p, args, cut, workspace);
-  const IgemmLaunch how = {row.name, row.size, cut.patches, context.stream};
+  const IgemmLaunch how = {row.name, row.tile(p).m, row.tile(p).n, cut.patches, context.stream};
   if (p.dtype == DType::kFloat16) {
     launch_igemm<__half>(how, t);
   } else if (p.dtype == DType::kBFloat16) {
@@ -240,7 +256,7 @@ void launch(const IgemmRow& row, const Conv2dProblem& p, const Conv2dArgs& args,
   }
   if (workspace.partials != nullptr) {
     merge_statistics(row.name, static_cast<const float*>(workspace.partials), cut.pixel_tiles,
-                     row.size, p.N * p.P() * p.Q(), p.K, static_cast<float*>(args.mean_out),
+                     row.tile(p).m, p.N * p.P() * p.Q(), p.K, static_cast<float*>(args.mean_out),
                      static_cast<float*>(args.var_out), context.stream);
   }
 }

@@ -39,7 +39,8 @@ constexpr int kIgemmUnits = kIgemmRowBytes / kPackBytes;
 // One unit a thread and copy: the block covers this many rows at a time.
 constexpr int kIgemmRows = kIgemmThreads / kIgemmUnits;
 
-// kBlocks: that an SM is to hold, which bounds the registers: 255 a thread for two, 128 for four.
+// kBlocks: that an SM is to hold, which bounds the registers: 255 a thread for two, 168 for three,
+// 128 for four.
 template <int kM_, int kN_, int kBlocks_>
 struct IgemmTile {
   static constexpr int kM = kM_, kN = kN_, kBlocks = kBlocks_;
@@ -58,6 +59,7 @@ struct IgemmTile {
   using Sums = float[kI][kJ][4];
 };
 using IgemmLarge = IgemmTile<128, 128, 2>;
+using IgemmTall = IgemmTile<128, 64, 3>;  // where there are 64 filters
 using IgemmSmall = IgemmTile<64, 64, 4>;
 
 // Where unit `unit` of a row stands in a stage. Two rows share the 128 bytes that all banks have,
@@ -179,17 +181,15 @@ __device__ inline void igemm_async(unsigned char* memory, int steps, typename Ti
     if (step < steps) load(base + step * Tile::kStageBytes);
     ptx::cp_async_commit();  // empty at the end, so that the wait's count stays right
   }
-  int read = 0, write = kIgemmStages - 1;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kIgemmStages - 2>();
     __syncthreads();
-    if (step + kIgemmStages - 1 < steps) load(base + write * Tile::kStageBytes);
+    const int next = step + kIgemmStages - 1;
+    if (next < steps) load(base + next % kIgemmStages * Tile::kStageBytes);
     ptx::cp_async_commit();
-    const uint32_t from = read * Tile::kStageBytes;
+    const uint32_t from = step % kIgemmStages * Tile::kStageBytes;
     igemm_stage<Math, Tile>({lane.a + from, lane.b + from}, sum);
-    read = read + 1 == kIgemmStages ? 0 : read + 1;
-    write = write + 1 == kIgemmStages ? 0 : write + 1;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // before the memory serves the results
@@ -212,23 +212,25 @@ __device__ inline void igemm_by_registers(unsigned char* memory, int steps,
   __syncthreads();  // before the memory serves the results
 }
 
-// Puts the sums into shared memory as [kM][kPitch] floats.
+// Puts the sums of a warp's i-th 16 rows into shared memory, [kM][kPitch] floats in all.
 template <class Tile>
-__device__ inline void igemm_put_sums(float* to, const typename Tile::Sums& sum) {
+__device__ inline void igemm_put_row(float* to, int i, const float (&sum)[Tile::kJ][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int row = warp / 2 * Tile::kWarpM + lane / 4;
+  const int row = warp / 2 * Tile::kWarpM + 16 * i + lane / 4;
   const int column = warp % 2 * Tile::kWarpN + lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < Tile::kI; ++i) {
+  for (int j = 0; j < Tile::kJ; ++j) {
 #pragma unroll
-    for (int j = 0; j < Tile::kJ; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Pack<float, 2> pair = {{sum[i][j][2 * half], sum[i][j][2 * half + 1]}};
-        store_pack(to + (row + 16 * i + 8 * half) * Tile::kPitch + column + 8 * j, pair);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const Pack<float, 2> pair = {{sum[j][2 * half], sum[j][2 * half + 1]}};
+      store_pack(to + (row + 8 * half) * Tile::kPitch + column + 8 * j, pair);
     }
   }
+}
+template <class Tile>
+__device__ inline void igemm_put_sums(float* to, const typename Tile::Sums& sum) {
+#pragma unroll
+  for (int i = 0; i < Tile::kI; ++i) igemm_put_row<Tile>(to, i, sum[i]);
 }
 
 }  // namespace cuda

@@ -25,7 +25,8 @@ struct IgemmParams {
   // loop's sake. Filter strides: channels summed over and written, taps, a phase's next tap.
   int src_c, src_h, src_w;
   int flt_red, flt_out, flt_h, flt_w, flt_step_h, flt_step_w;
-  int64_t N, pixel_tiles, tiles;
+  int64_t N;
+  int pixel_tiles, tiles;  // a block a tile: tiles * splits fit an int
   GatherAxis h, w;
   int G, red, outs;    // channels summed over, those of padding included, and written; a group
   int out_tiles;       // a group
@@ -36,7 +37,7 @@ struct IgemmParams {
 
 struct IgemmLaunch {
   const char* name;
-  int size;  // of the tile's either side
+  int m, n;  // the tile's pixels and channels
   bool patches;
   void* stream;
 };
@@ -45,22 +46,20 @@ struct IgemmLaunch {
 template <class Tile>
 struct IgemmTileAt {
   AxisPhase h, w;
-  int phase_h, phase_w, group, first_out;
+  int phase_h, phase_w, group, first_out, pixel_tile;
   int64_t first_pixel, pixels;  // of the phase
-  int64_t pixel_tile;
 
-  __device__ IgemmTileAt(const IgemmParams& t, int64_t tile) {
-    const Division by_out = divide(tile, t.out_tiles);
-    const Division by_group = divide(by_out.quotient, t.G);
-    const int phase = static_cast<int>(by_group.quotient / t.pixel_tiles);
+  __device__ IgemmTileAt(const IgemmParams& t, int tile) {
+    const int by_out = tile / t.out_tiles, by_group = by_out / t.G;
+    const int phase = by_group / t.pixel_tiles;
+    first_out = (tile - by_out * t.out_tiles) * Tile::kN;
+    group = by_out - by_group * t.G;
+    pixel_tile = by_group - phase * t.pixel_tiles;
     phase_h = phase / t.w.phases;
     phase_w = phase - phase_h * t.w.phases;
     h = axis_phase(t.h, phase_h, t.backward);
     w = axis_phase(t.w, phase_w, t.backward);
-    group = by_group.remainder;
-    first_out = by_out.remainder * Tile::kN;
-    pixel_tile = by_group.quotient - phase * t.pixel_tiles;
-    first_pixel = pixel_tile * Tile::kM;
+    first_pixel = int64_t{pixel_tile} * Tile::kM;
     pixels = t.N * h.positions * w.positions;
   }
   __device__ int taps() const { return h.taps * w.taps; }
@@ -136,7 +135,6 @@ template <class T, class Tile>
 struct IgemmCopies : IgemmLoads<T, Tile> {
   using Base = IgemmLoads<T, Tile>;
   using Base::kUnit, Base::t, Base::rows, Base::cols, Base::unit, Base::row, Base::at;
-  const int taps_a_step, chunk;
   int h = 0, w = 0, channel;
 
   static __device__ int steps(const IgemmParams& t, const IgemmTileAt<Tile>& tile) {
@@ -145,15 +143,13 @@ struct IgemmCopies : IgemmLoads<T, Tile> {
   }
 
   __device__ IgemmCopies(const IgemmParams& t, const IgemmTileAt<Tile>& tile, int first_step)
-      : Base(t, tile, t.outs * t.flt_out),
-        taps_a_step(kIgemmUnits >> t.tap_units_log2),
-        chunk(kUnit << t.tap_units_log2) {
+      : Base(t, tile, t.outs * t.flt_out) {
     // Only a tap that fills the step has more chunks than one.
     const int taps = tile.taps();
     channel = (unit & ((1 << t.tap_units_log2) - 1)) * kUnit;
     if (taps == 0) return;
-    const int tap = first_step * taps_a_step + (unit >> t.tap_units_log2);
-    channel += tap / taps * chunk;
+    const int tap = first_step * taps_a_step() + (unit >> t.tap_units_log2);
+    channel += tap / taps * chunk();
     h = tap % taps / cols.taps;
     w = tap % taps % cols.taps;
   }
@@ -180,9 +176,12 @@ struct IgemmCopies : IgemmLoads<T, Tile> {
   }
 
  private:
+  // From the kernel's parameters: in registers they would cost spills.
+  __device__ int taps_a_step() const { return kIgemmUnits >> t.tap_units_log2; }
+  __device__ int chunk() const { return kUnit << t.tap_units_log2; }
   __device__ void advance() {
-    w += taps_a_step;
-    if (taps_a_step == 1) {
+    w += taps_a_step();
+    if (taps_a_step() == 1) {
       if (w == cols.taps) {
         w = 0;
         ++h;
@@ -196,7 +195,7 @@ struct IgemmCopies : IgemmLoads<T, Tile> {
     // Where a step holds several taps, starting over leads beyond the last channel.
     if (h >= rows.taps) {
       h = 0;
-      channel += chunk;
+      channel += chunk();
     }
   }
 };
@@ -259,14 +258,23 @@ struct IgemmPatches : IgemmLoads<T, Tile> {
   }
 };
 
+// What the epilogue needs to know of the tile. In shared memory, so that no register holds it, or
+// what it follows from, while the product is computed.
+struct IgemmPlace {
+  int first_k, filters, pixel_tile;
+};
+
 template <class Tile>
 struct IgemmShared {
   unsigned char* memory;  // stages, then sums
   int64_t* offsets;       // of the tile's pixels in the output; -1: none
+  IgemmPlace* place;
 
   FASTCONV_HOST_DEVICE explicit IgemmShared(SharedCarver& carver)
       : memory(carver.take<unsigned char>(Tile::kSharedBytes, 1024)),
-        offsets(carver.take<int64_t>(Tile::kM)) {}
+        offsets(carver.take<int64_t>(Tile::kM)),
+        place(carver.take<IgemmPlace>(1)) {}
+  __device__ float* sums() const { return reinterpret_cast<float*>(memory); }
 };
 
 template <class Tile>
@@ -277,30 +285,28 @@ int64_t igemm_shared_bytes() {
 }
 
 template <class Tile>
-__device__ inline void igemm_put_offsets(const IgemmParams& t, const IgemmTileAt<Tile>& tile,
-                                         int64_t* offsets) {
+__device__ inline void igemm_put_place(const IgemmParams& t, const IgemmTileAt<Tile>& tile,
+                                       const IgemmShared<Tile>& shared) {
+  if (threadIdx.x == 0) {
+    *shared.place = {tile.group * t.outs + tile.first_out, min(Tile::kN, t.outs - tile.first_out),
+                     tile.pixel_tile};
+  }
   if (threadIdx.x >= Tile::kM) return;
   const int64_t index = tile.first_pixel + threadIdx.x;
   const Pixel j = pixel_at(min(index, tile.pixels - 1), tile.h.positions, tile.w.positions);
   const Pixel to = {j.n, tile.phase_h + j.row * t.h.phases, tile.phase_w + j.col * t.w.phases};
-  offsets[threadIdx.x] = index < tile.pixels ? offset_of(t.dst, to) : -1;
+  shared.offsets[threadIdx.x] = index < tile.pixels ? offset_of(t.dst, to) : -1;
 }
 static_assert(kIgemmThreads >= 128, "a thread for every row of the largest tile");
 
-// Epilogue and store of a tile's sums, all of which have been read from the stages.
+// Epilogue and store of a tile whose sums all threads have put into shared memory.
 template <class T, class Tile>
-__device__ inline void igemm_finish(const IgemmParams& t, const IgemmTileAt<Tile>& tile,
-                                    const IgemmShared<Tile>& shared,
-                                    const typename Tile::Sums& sum) {
-  auto* sums = reinterpret_cast<float*>(shared.memory);
-  igemm_put_sums<Tile>(sums, sum);
-  igemm_put_offsets(t, tile, shared.offsets);
+__device__ inline void igemm_finish(const IgemmParams& t, const IgemmShared<Tile>& shared) {
   __syncthreads();
-  const StagedTile staged = {sums, shared.offsets, tile.group * t.outs + tile.first_out,
-                             min(Tile::kN, t.outs - tile.first_out)};
+  const IgemmPlace place = *shared.place;
   store_tile<T, Tile::kM, Tile::kN, kIgemmThreads>(
-      staged, t.target, tile.pixel_tile, static_cast<int>(threadIdx.x), [] { __syncthreads(); });
-  __syncthreads();  // before the next tile's
+      {shared.sums(), shared.offsets, place.first_k, place.filters}, t.target, place.pixel_tile,
+      static_cast<int>(threadIdx.x), [] { __syncthreads(); });
 }
 
 // Where a thread's sums of one split lie, four at a time, neighbouring threads side by side.
@@ -308,9 +314,9 @@ template <class Tile>
 struct IgemmSplitSums {
   float4* at;
 
-  __device__ IgemmSplitSums(const IgemmParams& t, int64_t tile, int split)
+  __device__ IgemmSplitSums(const IgemmParams& t, int tile, int split)
       : at(reinterpret_cast<float4*>(t.split_sums +
-                                     (split * t.tiles + tile) * (Tile::kM * Tile::kN)) +
+                                     (int64_t{split} * t.tiles + tile) * (Tile::kM * Tile::kN)) +
            threadIdx.x) {}
   __device__ float4& four(int i, int j) const { return at[(i * Tile::kJ + j) * kIgemmThreads]; }
 
@@ -323,25 +329,12 @@ struct IgemmSplitSums {
       }
     }
   }
-  __device__ void add_to(typename Tile::Sums& sum) const {
-#pragma unroll
-    for (int i = 0; i < Tile::kI; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::kJ; ++j) {
-        const float4 more = four(i, j);
-        sum[i][j][0] += more.x;
-        sum[i][j][1] += more.y;
-        sum[i][j][2] += more.z;
-        sum[i][j][3] += more.w;
-      }
-    }
-  }
 };
 
-// The small tile's 128 registers are too few for patches and for both parts of the operands.
+// Patches, and both parts of the operands, need the registers of one block less.
 template <class Math, class Tile, bool kPatches>
 constexpr int kIgemmBlocks =
-    kPatches || std::is_same_v<Math, Tf32x3> ? std::min(Tile::kBlocks, 3) : Tile::kBlocks;
+    kPatches || std::is_same_v<Math, Tf32x3> ? Tile::kBlocks - 1 : Tile::kBlocks;
 
 template <class Math, class Tile, bool kPatches>
 __global__ void __launch_bounds__(kIgemmThreads, kIgemmBlocks<Math, Tile, kPatches>)
@@ -349,26 +342,26 @@ __global__ void __launch_bounds__(kIgemmThreads, kIgemmBlocks<Math, Tile, kPatch
   using T = IgemmElement<Math>;
   SharedCarver carver(shared_memory());
   const IgemmShared<Tile> shared(carver);
-  for (int64_t block = blockIdx.x; block < t.tiles * t.splits; block += gridDim.x) {
-    const int split = t.splits == 1 ? 0 : static_cast<int>(block / t.tiles);
-    const int64_t index = block - split * t.tiles;
-    const IgemmTileAt<Tile> tile(t, index);
-    if (tile.first_pixel >= tile.pixels) continue;  // phases differ in size by a row or a column
-    typename Tile::Sums sum = {};
-    if constexpr (kPatches) {
-      const IgemmSteps steps = igemm_steps(t, IgemmPatches<T, Tile>::steps(t, tile), split);
-      igemm_by_registers<Math, Tile>(shared.memory, steps.count, sum,
-                                     IgemmPatches<T, Tile>(t, tile, steps.first));
-    } else {
-      const IgemmSteps steps = igemm_steps(t, IgemmCopies<T, Tile>::steps(t, tile), split);
-      igemm_async<Math, Tile>(shared.memory, steps.count, sum,
-                              IgemmCopies<T, Tile>(t, tile, steps.first));
-    }
-    if (t.split_sums == nullptr) {
-      igemm_finish<T>(t, tile, shared, sum);
-    } else {
-      IgemmSplitSums<Tile>(t, index, split).store(sum);
-    }
+  const int split = static_cast<int>(blockIdx.x) / t.tiles;
+  const int index = static_cast<int>(blockIdx.x) % t.tiles;
+  const IgemmTileAt<Tile> tile(t, index);
+  if (tile.first_pixel >= tile.pixels) return;  // phases differ in size by a row or a column
+  igemm_put_place(t, tile, shared);
+  typename Tile::Sums sum = {};
+  if constexpr (kPatches) {
+    const IgemmSteps steps = igemm_steps(t, IgemmPatches<T, Tile>::steps(t, tile), split);
+    igemm_by_registers<Math, Tile>(shared.memory, steps.count, sum,
+                                   IgemmPatches<T, Tile>(t, tile, steps.first));
+  } else {
+    const IgemmSteps steps = igemm_steps(t, IgemmCopies<T, Tile>::steps(t, tile), split);
+    igemm_async<Math, Tile>(shared.memory, steps.count, sum,
+                            IgemmCopies<T, Tile>(t, tile, steps.first));
+  }
+  if (t.split_sums == nullptr) {
+    igemm_put_sums<Tile>(shared.sums(), sum);
+    igemm_finish<T>(t, shared);
+  } else {
+    IgemmSplitSums<Tile>(t, index, split).store(sum);
   }
 }
 
@@ -378,16 +371,28 @@ __global__ void __launch_bounds__(kIgemmThreads)
     conv2d_igemm_sm80_join_kernel(const IgemmParams t) {
   SharedCarver carver(shared_memory());
   const IgemmShared<Tile> shared(carver);
-  for (int64_t index = blockIdx.x; index < t.tiles; index += gridDim.x) {
-    const IgemmTileAt<Tile> tile(t, index);
-    if (tile.first_pixel >= tile.pixels) continue;
-    typename Tile::Sums sum = {};
+  const int index = static_cast<int>(blockIdx.x);
+  const IgemmTileAt<Tile> tile(t, index);
+  if (tile.first_pixel >= tile.pixels) return;
+  igemm_put_place(t, tile, shared);
 #pragma unroll 1
+  for (int i = 0; i < Tile::kI; ++i) {
+    float sum[Tile::kJ][4] = {};
+#pragma unroll 2
     for (int split = 0; split < t.splits; ++split) {
-      IgemmSplitSums<Tile>(t, index, split).add_to(sum);
+      const IgemmSplitSums<Tile> from(t, index, split);
+#pragma unroll
+      for (int j = 0; j < Tile::kJ; ++j) {
+        const float4 four = from.four(i, j);
+        sum[j][0] += four.x;
+        sum[j][1] += four.y;
+        sum[j][2] += four.z;
+        sum[j][3] += four.w;
+      }
     }
-    igemm_finish<T>(t, tile, shared, sum);
+    igemm_put_row<Tile>(shared.sums(), i, sum);
   }
+  igemm_finish<T>(t, shared);
 }
 
 template <class Math, class Tile>
@@ -397,18 +402,19 @@ void launch_igemm_tile(const IgemmLaunch& launch, const IgemmParams& t) {
   if constexpr (Tile::kPatches) {
     if (launch.patches) kernel = &conv2d_igemm_sm80_kernel<Math, Tile, true>;
   }
-  launch_kernel(
-      {launch.name, std::min(t.tiles * t.splits, kMaxBlocks), kIgemmThreads, launch.stream, bytes},
-      kernel, t);
+  launch_kernel({launch.name, int64_t{t.tiles} * t.splits, kIgemmThreads, launch.stream, bytes},
+                kernel, t);
   if (t.split_sums == nullptr) return;
-  launch_kernel({launch.name, std::min(t.tiles, kMaxBlocks), kIgemmThreads, launch.stream, bytes},
+  launch_kernel({launch.name, t.tiles, kIgemmThreads, launch.stream, bytes},
                 &conv2d_igemm_sm80_join_kernel<IgemmElement<Math>, Tile>, t);
 }
 
 template <class Math>
 void launch_igemm(const IgemmLaunch& launch, const IgemmParams& t) {
-  if (launch.size == IgemmLarge::kM) {
-    launch_igemm_tile<Math, IgemmLarge>(launch, t);
+  if (launch.n == IgemmLarge::kN) {
+    if constexpr (!std::is_same_v<Math, Tf32x3>) launch_igemm_tile<Math, IgemmLarge>(launch, t);
+  } else if (launch.m == IgemmTall::kM) {
+    launch_igemm_tile<Math, IgemmTall>(launch, t);
   } else {
     launch_igemm_tile<Math, IgemmSmall>(launch, t);
   }
