@@ -5,6 +5,9 @@
 // where activations are what the window slides over (input or gradient) and red and outs its
 // channels and the result's, of one group. dgrad with a stride falls into stride_h * stride_w
 // phases, the results of which meet the same taps each; fprop is one phase.
+//
+// A namespace of its own: other kernels' files have tiles and parameters of the same names, and the
+// linker takes two templates over such types for one.
 #pragma once
 
 #include "cuda/conv2d_stage.h"
@@ -12,6 +15,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace igemm_sm90 {
 
 constexpr int kMostPhases = 4;          // of stride 2; each has a tensor map of its own
 constexpr int kIgemmThreads = 3 * 128;  // a warpgroup that loads, two that multiply
@@ -86,5 +90,6 @@ void launch_igemm_bfloat16(const Launch& launch, IgemmTileKind kind, const Igemm
 void launch_igemm_float16(const Launch& launch, IgemmTileKind kind, const IgemmParams& t);
 void launch_igemm_float32(const Launch& launch, IgemmTileKind kind, const IgemmParams& t);
 
+}  // namespace igemm_sm90
 }  // namespace cuda
 }  // namespace fastconv

@@ -11,6 +11,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace igemm_sm90 {
 
 constexpr int kOrderBarrier = 3;  // and the next: a warpgroup's turn in ping-pong
 
@@ -323,5 +324,6 @@ void launch_igemm(const Launch& launch, IgemmTileKind kind, const IgemmParams& t
   }
 }
 
+}  // namespace igemm_sm90
 }  // namespace cuda
 }  // namespace fastconv

@@ -2,6 +2,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace igemm_sm90 {
 namespace {
 
 constexpr int kThreads = 256;
@@ -34,5 +35,6 @@ void reduce_igemm(const char* name, DType dtype, const IgemmReduction& t, void* 
   });
 }
 
+}  // namespace igemm_sm90
 }  // namespace cuda
 }  // namespace fastconv

@@ -11,6 +11,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace igemm_sm90 {
 
 constexpr int kStoreBarrier = 1;  // and the next: of one multiplying warpgroup
 
@@ -205,5 +206,6 @@ __device__ inline void finish_store(const IgemmParams& t) {
   if (t.boxes && threadIdx.x % 128 == 0) ptx::tma_store_wait_read<0>();
 }
 
+}  // namespace igemm_sm90
 }  // namespace cuda
 }  // namespace fastconv

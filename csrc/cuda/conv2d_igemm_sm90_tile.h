@@ -8,6 +8,7 @@
 
 namespace fastconv {
 namespace cuda {
+namespace igemm_sm90 {
 
 // Element: as results are stored; Operand: as the tensor cores take them. kSplit: 3xTF32, where the
 // filter comes as two tensors, high and low parts.
@@ -141,5 +142,6 @@ struct IgemmTiles {
         step(static_cast<int>(gridDim.x) / Tile::kCluster) {}
 };
 
+}  // namespace igemm_sm90
 }  // namespace cuda
 }  // namespace fastconv
