@@ -9,9 +9,10 @@ sm_90. cuobjdump and nvdisasm are looked for in CUDA_HOME, on PATH and in the Tr
 
 A kernel named *igemm_sm90* must be compiled for sm_90a, multiply by wgmma (HGMMA), copy by TMA
 (UTMALDG) and move registers between warps (USETMAXREG); one named *igemm_sm80* must multiply by
-mma.sync (HMMA) and copy 16 bytes at a time (LDGSTS.128). Both must store 16 bytes at a time or by
-TMA; those named *reduce*, which add up partial sums, are left out. No kernel may use local memory
-(LDL, STL). Ends with status 1 when one does otherwise, and with 2 when no kernel is found at all.
+mma.sync (HMMA) and copy 16 bytes at a time (LDGSTS.128), unless it gathers patches. Both must store
+16 bytes at a time or by TMA; those named *reduce* or *join*, which add up partial sums, are left
+out. No kernel may use local memory (LDL, STL). Ends with status 1 when one does otherwise, and with
+2 when no kernel is found at all.
 """
 
 import argparse
@@ -36,6 +37,9 @@ FUNCTION = re.compile(r"\bFunction : (\S+)")
 TARGET = re.compile(r"\bcode for (sm_\w+)|^arch = (sm_\w+)")
 # "        /*0770*/              @!P3 LDGSTS.E.BYPASS.128 [R17], [R14.64], P0 ;   /* 0x... */"
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)")
+
+# Its last argument says that few channels are gathered one by one, not copied (kPatches).
+PATCHES = re.compile(r"conv2d_igemm_sm80_kernel<.*, true>$")
 
 GLOBAL = {"LDG": "loads", "LDGSTS": "copies", "STG": "stores"}
 MATRIX = ("HGMMA", "HMMA", "IMMA", "DMMA")
@@ -104,7 +108,7 @@ def faults_of(kernel: Kernel) -> list[str]:
 
     if kernel.has("LDL") or kernel.has("STL"):
         found.append(f"{kernel.has('LDL')} LDL and {kernel.has('STL')} STL: local memory")
-    multiplies = re.search(r"igemm_sm(80|90)(?!.*reduce)", kernel.template)
+    multiplies = re.search(r"igemm_sm(80|90)(?!.*(reduce|join))", kernel.template)
     if multiplies is None:
         return found
     if multiplies[1] == "90":
@@ -114,7 +118,8 @@ def faults_of(kernel: Kernel) -> list[str]:
             needs(kernel.has(opcode), opcode)
     else:
         needs(kernel.has("HMMA"), "HMMA")
-        needs(kernel.wide.get("copies", 0), "LDGSTS.128")
+        if not PATCHES.match(kernel.name):
+            needs(kernel.wide.get("copies", 0), "LDGSTS.128")
         if kernel.has("HGMMA"):
             found.append(f"{kernel.has('HGMMA')} HGMMA, which sm_80 has not")
     needs(kernel.wide.get("stores", 0) + kernel.has("UTMASTG"), "STG.128 or UTMASTG")

@@ -113,11 +113,23 @@ def test_other_kernels_need_no_tensor_cores_but_no_local_memory(sass):
     assert kernel.faults == ["0 LDL and 1 STL: local memory"]
 
 
-def test_what_adds_up_partial_sums_multiplies_nothing(sass):
-    text = SM90.replace("24conv2d_igemm_sm90_kernel", "31conv2d_igemm_sm90_reduce_kernel")
+@pytest.mark.parametrize(
+    "name", ["31conv2d_igemm_sm90_reduce_kernel", "29conv2d_igemm_sm80_join_kernel"]
+)
+def test_what_adds_up_partial_sums_multiplies_nothing(sass, name):
+    text = SM90.replace("24conv2d_igemm_sm90_kernel", name)
     text = text.replace("HGMMA", "FADD").replace("UTMASTG", "STG.E")
     (kernel,) = sass.parse(text.splitlines())
-    assert kernel.template == "conv2d_igemm_sm90_reduce_kernel" and kernel.faults == []
+    assert kernel.template == name[2:] and kernel.faults == []
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_patches_are_not_copied_but_gathered(sass, patches):
+    """Whose kernel says so by its last template argument."""
+    text = SM80.replace("IfLi4EEEvi", f"IfLi4ELb{int(patches)}EEEvi").replace("LDGSTS", "LDG")
+    (kernel,) = sass.parse(text.splitlines())
+    assert kernel.name.endswith(", true>" if patches else ", false>"), kernel.name
+    assert kernel.faults == ([] if patches else ["no LDGSTS.128"])
 
 
 def test_a_build_without_kernels_is_no_success(sass, monkeypatch, tmp_path):
