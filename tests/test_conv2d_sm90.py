@@ -174,6 +174,21 @@ def test_statistics(name, dtype, layout):
         assert max_error(var, expected) <= 1e-4 * expected.max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=support.name_of)
+def test_statistics_are_the_same_on_every_gpu(dtype):
+    case = ConvCase(LARGE[0], "normal", dtype)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (case.input, case.weight))
+    found = []
+    for sms in (1, 2, 132):
+        with emulator.sms(sms):
+            call = lambda: statistics(x, w, torch.zeros(w.shape[0], dtype=dtype))  # noqa: E731
+            (_, *results), reason = forced(row_named("conv2d_igemm_sm90_statistics"), call)
+        assert not reason, reason
+        found.append(results)
+    for others in found[1:]:
+        assert all(map(support.same_bits, found[0], others))
+
+
 def statistics(x, w, bias):
     pair = [1, 1]
     return torch.ops.fastconv.conv_bn_training(x, w, bias, None, None, 1e-5, pair, [0, 0], pair, 1)

@@ -137,7 +137,6 @@ void launch(const Row& row, const Conv2dProblem& p, const Conv2dArgs& args,
   if (v.copy_filter) {
     copy_filter(row.name, p, filter_copy_of(p, v), args.filter, workspace.filter, context.stream);
   }
-  // The number of SMs decides who computes a result, not how.
   const int sms = sm_count(context.device);
   const IgemmTileKind kind = tile_of(p, v, axes_of(p, v), sms);
   const IgemmTileShape& shape = shape_of(kind);
@@ -231,27 +230,28 @@ double cost(const Row& row, const Conv2dProblem& p, const Device& device) {
   const int sms = std::max(device.sm_count, 1);
   const double cycles = busy_cycles(p, v, axes, tile_of(p, v, axes, sms), sms);
   // Copies are written and read once more, by kernels of their own.
-  double bytes = p.bytes(), launch_us = 3;
+  double apart = 0, launch_us = 3;
   if (v.copy_input) {
-    bytes +=
+    apart +=
         2.0 * static_cast<double>(p.N * v.height * v.width * v.padded * p.G * size_of(p.dtype));
     launch_us += 2;
   }
   if (v.copy_filter) {
-    bytes += 2.0 * static_cast<double>(p.filter_elements() * size_of(p.dtype));
+    apart += 2.0 * static_cast<double>(p.filter_elements() * size_of(p.dtype));
     launch_us += 2;
   }
   if (p.epilogue.statistics) {
     const int64_t tiles = ceil_div(p.N * p.P() * p.Q(), kStatisticsRows);
-    bytes += 2.0 * static_cast<double>(statistics_bytes(tiles, p.K));
+    apart += 2.0 * static_cast<double>(statistics_bytes(tiles, p.K));
     launch_us += 4;
   }
   const int64_t partials = partial_bytes(p, v, axes);
   if (partials > 0) {
-    bytes += 2.0 * static_cast<double>(partials);
+    apart += 2.0 * static_cast<double>(partials);
     launch_us += 2;
   }
-  return gpu_us(launch_us, bytes, cycles * sms, 1, device) / row.advantage;
+  const double us = gpu_us(launch_us, p.bytes(), cycles * sms, 1, device);
+  return (us + gpu_us(0, apart, 0, 1, device)) / row.advantage;
 }
 
 }  // namespace

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kIgemmThreads, 1)
     ptx::fence_mbarrier_init();
   }
   if constexpr (Tile::kCluster > 1) {
-    ptx::cluster_sync();
+    ptx::cluster_sync_relaxed();
   } else {
     __syncthreads();
   }
@@ -287,9 +287,10 @@ __global__ void __launch_bounds__(kIgemmThreads, 1)
   } else {
     ptx::setmaxnreg_inc<232>();
     consume<Tile>(t, memory, static_cast<int>(threadIdx.x) / 128 - 1);
+    __syncwarp();
   }
   // Neither block ends while the other's copies or arrivals come.
-  if constexpr (Tile::kCluster > 1) ptx::cluster_sync();
+  if constexpr (Tile::kCluster > 1) ptx::cluster_sync_relaxed();
 }
 
 // At most a block an SM: each has 227 KB of shared memory.

@@ -175,16 +175,18 @@ inline TiledMap results_map(const Conv2dProblem& p, const View& v, void* base) {
 
 // ---- tiles ----
 
-// How many blocks share a sum. It follows from the problem alone, as if every GPU had an H200's 132
-// SMs, so that the bits do too. Eight steps of a tile's take about as long as filling the ring.
+// What decides about bits follows from the problem alone, as if every GPU had an H200's SMs.
+constexpr int64_t kNominalSms = 132;
+
+// How many blocks share a sum. Eight steps of a tile's take about as long as filling the ring.
 inline int splits_of(const Conv2dProblem& p, const View& v, const Axes& axes) {
   if (axes.phases() != 1 || p.epilogue.statistics) return 1;
-  constexpr int64_t kSms = 132, kLeastSteps = 8, kMost = 16;
+  constexpr int64_t kLeastSteps = 8, kMost = 16;
   const AxisPhase h = axes.h.phase(0), w = axes.w.phase(0);
   const int64_t steps = ceil_div(v.red, depth_of(p.dtype)) * h.taps * w.taps;
   const int64_t tiles = ceil_div(p.N * h.count * w.count, 128) * ceil_div(v.outs, 128) * p.G;
   return to_int(std::max<int64_t>(
-      1, std::min({kSms / std::max<int64_t>(tiles, 1), steps / kLeastSteps, kMost})));
+      1, std::min({kNominalSms / std::max<int64_t>(tiles, 1), steps / kLeastSteps, kMost})));
 }
 
 struct Cut {
@@ -237,7 +239,9 @@ inline double busy_cycles(const Conv2dProblem& p, const View& v, const Axes& axe
   return static_cast<double>(ceil_div(tiles, std::max(1, sms / shape.cluster))) * tile;
 }
 
+// A result is the same sum in every tile; the mean and M2 that a tile leaves are not.
 inline IgemmTileKind tile_of(const Conv2dProblem& p, const View& v, const Axes& axes, int sms) {
+  if (p.epilogue.statistics) sms = kNominalSms;
   using Kind = IgemmTileKind;
   constexpr Kind kRounded[] = {Kind::kPing128x64, Kind::kPing128x128, Kind::kWide128x256};
   constexpr Kind kSplit[] = {Kind::kSplit128x64, Kind::kSplit128x128};

@@ -351,7 +351,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
-  ptx::cluster_sync();
+  if (t.cluster > 1) {
+    ptx::cluster_sync_relaxed();
+  } else {
+    __syncthreads();
+  }
   ptx::griddepcontrol_launch_dependents();  // wgrad_reduce_kernel() waits for the end
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<56>();
@@ -364,7 +368,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume(t, memory, rank, worker);
     __syncwarp();
   }
-  ptx::cluster_sync();  // neither block ends while the other's copies or arrivals come
+  // Neither block ends while the other's copies or arrivals come.
+  if (t.cluster > 1) ptx::cluster_sync_relaxed();
 }
 
 constexpr int kReduceThreads = 128;

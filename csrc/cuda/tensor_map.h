@@ -35,10 +35,6 @@ constexpr int row_bytes(CUtensorMapSwizzle swizzle) {
 }
 
 constexpr int kMapRank = 5;  // the most dimensions
-// CUTLASS changes a bit of the map, tiled or im2col, of a smaller tensor under drivers up to 13.1.
-// Why is not said: rows do better to leave such tensors, which are soon done, to other kernels.
-constexpr int64_t kLeastMappedBytes = 128 * 1024;
-
 // Dimensions are listed innermost first. Strides count elements; that of the innermost is 1.
 struct TiledMap {
   CUtensorMapDataType type;  // FLOAT16, BFLOAT16, FLOAT32 or TFLOAT32, which rounds as it loads

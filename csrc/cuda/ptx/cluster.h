@@ -55,6 +55,16 @@ __device__ inline void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
+// The same for threads that have written nothing for each other but what fences of their own have
+// published: a release would wait for every store to global memory that is under way.
+__device__ inline void cluster_sync_relaxed() {
+#ifdef FASTCONV_EMULATOR
+  emulator::cluster_arrive();
+#else
+  FASTCONV_ASM_SM90("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+#endif
+  cluster_wait();
+}
 
 // Where block `rank` of the cluster has what this block has at `address`.
 __device__ inline uint32_t mapa(uint32_t address, uint32_t rank) {
