@@ -132,11 +132,13 @@ def truncation():
     """In this block tensor cores round their float32 sums towards zero, as hardware may: a kernel
     that is to be as exact as float32 must not leave long sums to them."""
     load()
-    _library.fastconv_emulator_set_truncation(ctypes.c_bool(True))
+    set_truncation = _library.fastconv_emulator_set_truncation
+    set_truncation.restype = ctypes.c_bool
+    before = set_truncation(ctypes.c_bool(True))
     try:
         yield
     finally:
-        _library.fastconv_emulator_set_truncation(ctypes.c_bool(False))
+        set_truncation(ctypes.c_bool(before))
 
 
 @contextlib.contextmanager

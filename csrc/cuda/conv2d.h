@@ -191,7 +191,7 @@ inline Split split_sum(int64_t items, int64_t blocks, int64_t results, int64_t r
   const int64_t affordable = std::max(fill, kBudget / std::max<int64_t>(results * result_bytes, 1));
   int64_t splits = std::min(std::max(fill, ceil_div(items, kChain)), affordable);
   splits = std::max<int64_t>(1, std::min(splits, items / kLeast));
-  const int64_t each = ceil_div(items, splits);
+  const int64_t each = std::max<int64_t>(1, ceil_div(items, splits));
   return {to_int(std::max<int64_t>(1, ceil_div(items, each))), each};
 }
 

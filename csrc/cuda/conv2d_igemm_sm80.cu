@@ -77,12 +77,11 @@ int splits_of(int64_t tiles, int64_t steps) {
 Cut cut_of(const IgemmRow& row, const Conv2dProblem& p) {
   const bool backward = row.backward();
   const int64_t unit = kPackBytes / size_of(p.dtype);
-  const int64_t phases_h = backward ? std::min(p.stride_h, p.H) : 1;
-  const int64_t phases_w = backward ? std::min(p.stride_w, p.W) : 1;
-  const int64_t taps = ceil_div(p.R * p.S, std::max<int64_t>(phases_h * phases_w, 1));
+  const int64_t phases_h = backward ? std::max<int64_t>(1, std::min(p.stride_h, p.H)) : 1;
+  const int64_t phases_w = backward ? std::max<int64_t>(1, std::min(p.stride_w, p.W)) : 1;
+  const int64_t taps = ceil_div(p.R * p.S, phases_h * phases_w);
   Cut cut = {};
-  cut.step_share = static_cast<double>(p.R * p.S) /
-                   static_cast<double>(std::max<int64_t>(1, phases_h * phases_w * taps));
+  cut.step_share = static_cast<double>(p.R * p.S) / static_cast<double>(phases_h * phases_w * taps);
   cut.red = (backward ? p.K : p.C) / p.G;
   cut.outs = (backward ? p.C : p.K) / p.G;
   const int64_t units = ceil_div(cut.red, unit);
@@ -154,16 +153,11 @@ std::string supports(const IgemmRow& row, const Conv2dProblem& p, const Device& 
   return refuse_beyond_int(
       {{"tiles", cut.tiles * cut.splits},
        {"image elements", (p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) * (p.C + p.G * kPadded)},
-       {"gradient elements", p.P() * p.Q() * (p.K + p.G * kPadded)},
+       {"gradient elements", ((p.R - 1) * p.dil_h / p.stride_h + p.P() + 1) *
+                                 ((p.S - 1) * p.dil_w / p.stride_w + p.Q() + 1) *
+                                 (p.K + p.G * kPadded)},
+       {"copied filter elements", p.C * p.R * p.S * (p.K / p.G + kPadded)},
        {"filter elements", p.R * p.S * (p.C / p.G + kPadded) * (p.K + row.tile(p).n)}});
-}
-
-// Multiplications and additions an SM's tensor cores do in a cycle by mma.sync: on sm_90 it reaches
-// some 60 % of what wgmma does; cards between have half of an A100's.
-double tensor_flops(const Conv2dProblem& p, const Device& device) {
-  const double half = device.sm_arch >= 90 ? 0.6 * 2048 : device.sm_arch == 80 ? 1024 : 512;
-  if (p.dtype != DType::kFloat32) return 2 * half;
-  return p.tf32 ? half : half / 3;
 }
 
 double cost(const IgemmRow& row, const Conv2dProblem& p, const Device& device) {
@@ -181,7 +175,7 @@ double cost(const IgemmRow& row, const Conv2dProblem& p, const Device& device) {
   const auto moved = static_cast<double>(Workspace(row, p, cut, nullptr).bytes);
   const int more = cut.copy_source + cut.copy_filter + (cut.splits > 1) + p.epilogue.statistics;
   return gpu_us(kLaunch + kNextLaunch * more, p.bytes() + 2 * moved, flops,
-                tensor_flops(p, device) * row.tile(p).share,
+                mma_flops(p, device) * row.tile(p).share,
                 busy_part(device, blocks, row.tile(p).blocks));
 }
 
@@ -194,8 +188,6 @@ IgemmParams params_of(const IgemmRow& row, const Conv2dProblem& p, const Conv2dA
   t.filter = cut.copy_filter ? workspace.filter : args.filter;
   t.target = backward ? dgrad_target(p, args)
                       : fprop_target(p, args, static_cast<float*>(workspace.partials));
-  // A group's first channel begins a pack, too.
-  t.target.vector = t.target.vector && cut.outs % (kPackBytes / size_of(p.dtype)) == 0;
   t.split_sums = static_cast<float*>(workspace.split_sums);
   t.dst = backward ? conv.in : conv.res;
   Strides4 src = backward ? conv.res : conv.in, flt = conv.flt;

@@ -277,12 +277,9 @@ Plan plan_with(const Conv2dProblem& p, const TileSize& tile, bool patches) {
   return plan;
 }
 
-// Microseconds of a plan. mma.sync reaches 1024 16-bit multiply-adds a cycle and SM on sm_80, and
-// about 60 % of wgmma's 2048 on sm_90; TF32 half of that, 3xTF32 a third of TF32.
+// Microseconds of a plan.
 double cost_of(const Plan& plan, const Conv2dProblem& p, const Device& device) {
   const bool is_16bit = size_of(p.dtype) == 2;
-  const double peak = device.sm_arch >= 90 ? 1228 : 1024;
-  const double rate = is_16bit ? peak : p.tf32 ? peak / 2 : peak / 6;
   const double flops = 2.0 * static_cast<double>(plan.tiles * plan.tile.m * plan.tile.n) *
                        static_cast<double>(p.N * p.P() * p.Q());
   // Partial sums and copies are written once and read once.
@@ -292,7 +289,7 @@ double cost_of(const Plan& plan, const Conv2dProblem& p, const Device& device) {
   const int more =
       (plan.split.splits > 1 ? 1 : 0) + (plan.input.copied ? 1 : 0) + (plan.grad.copied ? 1 : 0);
   const bool alone = !is_16bit && plan.tile.m + plan.tile.n == 256;  // kBlocks
-  return gpu_us(3 + 1.5 * more, bytes, flops, 2 * rate * plan.tile.share,
+  return gpu_us(3 + 1.5 * more, bytes, flops, mma_flops(p, device) * plan.tile.share,
                 busy_part(device, plan.blocks(), alone ? 1 : 2));
 }
 

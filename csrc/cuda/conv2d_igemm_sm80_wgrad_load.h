@@ -193,6 +193,7 @@ class ColumnPatches {
 
   __device__ ColumnPatches(const WgradParams& t, const TileAt& at, Reach* reaches)
       : t_(t),
+        input_(static_cast<const T*>(t.conv.input) + at.group * t.in_group),
         reaches_(reaches),
         row_(static_cast<int>(threadIdx.x) % Tile::kDepth),
         first_(static_cast<int>(threadIdx.x) / Tile::kDepth * kPacks * Tile::kPack),
@@ -203,7 +204,7 @@ class ColumnPatches {
     }
   }
   __device__ void load(unsigned char*) {
-    const T* input = static_cast<const T*>(t_.conv.input) + window_.offset;
+    const T* input = input_ + window_.offset;
 #pragma unroll
     for (int e = 0; e < kPacks * Tile::kPack; ++e) {
       const Reach reach = reaches_[first_ + e];
@@ -224,6 +225,7 @@ class ColumnPatches {
 
  private:
   const WgradParams& t_;
+  const T* input_;  // of the group
   const Reach* reaches_;
   int row_, first_, left_;
   Window window_;

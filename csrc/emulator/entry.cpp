@@ -62,8 +62,8 @@ FASTCONV_EXPORT void fastconv_emulator_set_seed(uint64_t seed) {
 
 FASTCONV_EXPORT uint64_t fastconv_emulator_seed() { return fastconv::emulator::seed(); }
 
-FASTCONV_EXPORT void fastconv_emulator_set_truncation(bool on) {
-  fastconv::emulator::set_truncation(on);
+FASTCONV_EXPORT bool fastconv_emulator_set_truncation(bool on) {
+  return fastconv::emulator::set_truncation(on);
 }
 
 FASTCONV_EXPORT void fastconv_emulator_set_sm_count(int count) {

@@ -107,7 +107,7 @@ float rounded(double x, bool towards_zero) {
 
 }  // namespace
 
-void set_truncation(bool on) { truncates = on; }
+bool set_truncation(bool on) { return truncates.exchange(on); }
 
 void multiply_add(int rows, int columns, int k, const float* a, const float* b, float* d) {
   // Vectors by hand: the emulator is compiled for speed of compiling, and this is its inner loop.

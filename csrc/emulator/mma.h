@@ -21,7 +21,7 @@ float element_of(MmaType type, const uint32_t* registers, int i);
 // at most 256. Products of such elements are exact in float64; those of one instruction and the
 // accumulator are added in float64 and rounded to float32 once: to nearest, or, since hardware may,
 // towards zero where set_truncation() asks for that. Code that depends on either is wrong.
-void set_truncation(bool on);
+bool set_truncation(bool on);  // what it was
 void multiply_add(int rows, int columns, int k, const float* a, const float* b, float* d);
 
 }  // namespace emulator

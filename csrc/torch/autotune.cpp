@@ -27,12 +27,14 @@ struct Choices {
   std::mutex mutex;
   std::map<int, std::map<std::string, std::string>> rows;
   std::atomic<uint64_t> loaded{0};  // a bit a device; nobody has more than 63 GPUs
-  std::atomic<bool> any{false};
+  std::atomic<uint64_t> any{0};     // likewise: something is known
 };
 Choices& choices() {
   static Choices all;
   return all;
 }
+
+uint64_t bit_of(int device) { return uint64_t{1} << ((device + 1) % 64); }
 
 int index_of(const at::Tensor& t) { return t.is_cuda() ? static_cast<int>(t.get_device()) : -1; }
 
@@ -60,7 +62,7 @@ std::string key_of(Direction direction, const Conv2dProblem& p, const Device& de
 }
 
 void load_once(int device) {
-  const uint64_t bit = uint64_t{1} << ((device + 1) % 64);
+  const uint64_t bit = bit_of(device);
   if (choices().loaded.load(std::memory_order_relaxed) & bit) return;  // each call passes here
   PyObject* const function = load.load();
   if (function == nullptr || choices().loaded.fetch_or(bit) & bit) return;
@@ -84,7 +86,7 @@ void set_measured_row(int device, const std::string& key, const std::string& row
   } else {
     choices().rows[device][key] = row;
   }
-  choices().any = true;
+  choices().any |= bit_of(device);
 }
 
 bool is_aligned(const Conv2dArgs& args) {
@@ -118,9 +120,10 @@ std::vector<const Conv2dKernel*> contenders(const Conv2dKernel& row, const Conv2
 
 const Conv2dKernel* measured_row(Direction direction, const Conv2dProblem& p,
                                  const at::Tensor& like) {
-  load_once(index_of(like));
   const Selection& selection = current_selection();
-  if (!choices().any || !selection.kernel.empty() || aten_is_forced()) return nullptr;
+  if (!selection.kernel.empty() || aten_is_forced()) return nullptr;
+  load_once(index_of(like));
+  if (!(choices().any & bit_of(index_of(like)))) return nullptr;
   const Device device = machine_of(like);
   const std::string name = choice_for(index_of(like), key_of(direction, p, device));
   if (name.empty()) return nullptr;
@@ -143,6 +146,7 @@ const Conv2dKernel& settled_row(const Conv2dKernel& row, const Conv2dProblem& p,
   const std::vector<const Conv2dKernel*> rows = contenders(row, p, args, device);
   if (rows.size() < 2) return row;
 
+  c10::OptionalDeviceGuard guard(like.device());  // whose current stream the timer looks at
   py::gil_scoped_acquire gil;
   py::list names;
   for (const Conv2dKernel* each : rows) names.append(each->name);

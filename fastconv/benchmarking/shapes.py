@@ -418,6 +418,7 @@ CONV_EDGES: tuple[ConvShape, ...] = (
     _edge("dilation beyond the input, padded", 1, 3, 3, 3, 4, 3, 1, 6, 5),
     _edge("two groups", 2, 8, 7, 7, 12, 3, padding=1, groups=2),
     _edge("three groups, odd", 1, 9, 6, 7, 15, 3, 2, 1, groups=3),
+    _edge("two groups of 9", 2, 18, 7, 9, 32, 3, 3, 1, groups=2),
     _edge("32 groups of 4", 1, 128, 5, 5, 128, 3, padding=1, groups=32),
     _edge("groups, 1x1", 1, 12, 5, 6, 18, 1, groups=6),
     _edge("groups, dilation, stride", 1, 6, 11, 9, 4, 3, 2, 2, 2, 2),

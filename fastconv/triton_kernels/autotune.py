@@ -14,6 +14,7 @@ import json
 import os
 import stat
 import statistics
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -169,6 +170,7 @@ _PATIENCE = 2.0  # seconds, for another process that writes
 # By file: the choices in it and those of this process, by what they are for.
 _choices: dict[Path, dict[str, dict]] = {}
 _unwritten: dict[Path, dict[str, dict]] = {}
+_remembering = threading.Lock()
 _IDENTITY = ("fastconv", "triton", "device", "row", "problem")
 
 
@@ -220,9 +222,10 @@ def _fields_of(config) -> dict:
 def remember(launch: dict, config, microseconds: float) -> None:
     record = launch | {"config": _fields_of(config), "microseconds": round(microseconds, 3)}
     path, key = _file(), _key(launch)
-    _choices_in(path)[key] = record
-    _unwritten.setdefault(path, {})[key] = record
-    _write(path)
+    with _remembering:
+        _choices_in(path)[key] = record
+        _unwritten.setdefault(path, {})[key] = record
+        _write(path)
 
 
 def records() -> list[dict]:

@@ -66,7 +66,8 @@ void tiles_case(uint64_t seed, bool tf32) {
   // Filters and columns a little more than a tile's; one split and several; groups.
   const Conv2dProblem problems[] = {
       problem(2, 16, 7, 9, 136, 3, 3, 1, 2), problem(3, 40, 14, 15, 72, 1, 1, 1, 1),
-      problem(1, 48, 6, 5, 80, 1, 3, 2, 1), problem(2, 3, 15, 14, 24, 5, 5, 1, 2)};
+      problem(1, 48, 6, 5, 80, 1, 3, 2, 1), problem(2, 3, 15, 14, 24, 5, 5, 1, 2),
+      problem(2, 18, 7, 9, 32, 3, 3, 2, 1)};
   for (Conv2dProblem p : problems) {
     p.dtype = kDType<T>;
     p.tf32 = tf32;
@@ -78,10 +79,8 @@ void tiles_case(uint64_t seed, bool tf32) {
                                " x " + std::to_string(tile.n);
       expect_equal(computed(cuda::plan_with(p, tile, false), p, x, dy), want, what);
     }
-    if (p.G == 1) {
-      expect_equal(computed(cuda::plan_with(p, cuda::kPatches, true), p, x, dy), want,
-                   "C = " + std::to_string(p.C) + ", patches");
-    }
+    expect_equal(computed(cuda::plan_with(p, cuda::kPatches, true), p, x, dy), want,
+                 "C = " + std::to_string(p.C) + ", patches");
   }
 }
 

@@ -16,7 +16,11 @@
 
 #include <cstdint>
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define FASTCONV_ASM_SM80(...) asm volatile(__VA_ARGS__)
+#else
+#define FASTCONV_ASM_SM80(...) __trap()
+#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define FASTCONV_ASM_SM90(...) asm volatile(__VA_ARGS__)
 #else
