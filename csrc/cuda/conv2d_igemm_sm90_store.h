@@ -44,14 +44,15 @@ __device__ inline void write_offsets(const IgemmParams& t, const IgemmPhase& pha
 
 template <class Tile>
 __device__ inline void store_staged(const IgemmParams& t, const IgemmMemory<Tile>& memory,
-                                    const IgemmTileAt& tile, int consumer, int first_row,
+                                    const IgemmTileAt& tile, int first_row,
                                     const IgemmSums<Tile>& d) {
   const IgemmPhase& phase = t.phases[tile.phase];
-  const auto sync = [consumer] { ptx::named_barrier_sync(kStoreBarrier + consumer, 128); };
   // Rolled, with the registers picked by a constant inside: the epilogue's code is there once.
 #pragma unroll 1
   for (int part = 0; part < Tile::kBlocks * Tile::kParts; ++part) {
-    const int thread = ptx::opaque(static_cast<int>(threadIdx.x) % 128);
+    const int index = ptx::opaque(static_cast<int>(threadIdx.x)), thread = index % 128;
+    const int consumer = index / 128 - 1;
+    const auto sync = [consumer] { ptx::named_barrier_sync(kStoreBarrier + consumer, 128); };
     float* const sums = memory.sums + consumer * 64 * Tile::kPitch;
     int64_t* const offsets = memory.offsets + consumer * 64;
     const int block = part / Tile::kParts;
@@ -151,7 +152,7 @@ __device__ inline void store_boxes(const IgemmParams& t, const IgemmMemory<Tile>
       const int64_t first_pixel = tile.first_pixel + first_row + block * 64;
       const int first_out = tile.first_out + part * 64;
       if (first_pixel >= pixels || first_out >= t.outs) continue;
-      const int thread = ptx::opaque(static_cast<int>(threadIdx.x) % 128);
+      const int thread = ptx::opaque(static_cast<int>(threadIdx.x)) % 128;
       if (thread == 0) ptx::tma_store_wait_read<0>();  // the box before
       ptx::named_barrier_sync(kStoreBarrier + consumer, 128);
       write_box<Tile>(t, d[block], part * 32, first_out, thread, box);
@@ -171,7 +172,7 @@ __device__ inline void store_boxes(const IgemmParams& t, const IgemmMemory<Tile>
 template <class Tile>
 __device__ inline void store_partial(const IgemmParams& t, const IgemmTileAt& tile, int first_row,
                                      const IgemmSums<Tile>& d) {
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x) % 128);
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x)) % 128;
   const int64_t pixels = t.phases[0].pixels;
   const int first_out = tile.first_out + 2 * (thread % 4);
 #pragma unroll
@@ -198,7 +199,7 @@ __device__ inline void store(const IgemmParams& t, const IgemmMemory<Tile>& memo
   if constexpr (sizeof(typename Tile::Element) == 2) {
     if (t.boxes) return store_boxes<Tile>(t, memory, tile, consumer, first_row, d);
   }
-  store_staged<Tile>(t, memory, tile, consumer, first_row, d);
+  store_staged<Tile>(t, memory, tile, first_row, d);
 }
 
 // Shared memory stays until the last box has been read.
