@@ -406,3 +406,14 @@ def test_a_forced_gradient_kernel_is_remembered_by_the_graph():
         else:
             results.append(gradient[0])
     assert all(torch.allclose(r, results[0], atol=1e-5) for r in results)
+
+
+@pytest.mark.skipif(bool(support.emulator_missing()), reason="the emulator does not run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("size", [(2, 8, 0, 5), (2, 8, 5, 0), (0, 8, 5, 5)], ids=str)
+def test_an_empty_axis_divides_nothing(size, direction, dtype):
+    x, w = torch.empty(size, dtype=dtype), torch.empty(8, 8, 3, 3, dtype=dtype)
+    with fastconv.backend("emulator"):
+        found = fastconv.explain(x, w, padding=2, stride=2, direction=direction)
+    assert found.backend == "emulator"

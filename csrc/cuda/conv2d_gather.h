@@ -40,6 +40,11 @@ __device__ inline AxisPhase axis_phase(const GatherAxis& a, int phase, bool back
   return {0, 0, 0, positions};
 }
 
+// dgrad's remainders by the stride along an axis; one along an empty axis.
+inline int64_t phases_of(int64_t stride, int64_t size) {
+  return std::max<int64_t>(1, std::min(stride, size));
+}
+
 inline GatherAxis axis_of(bool backward, int size, int out, int taps, int stride, int pad,
                           int dil) {
   if (!backward) return {size, out, 1, stride, dil, stride, pad, dil, taps, 1};

@@ -77,8 +77,8 @@ int splits_of(int64_t tiles, int64_t steps) {
 Cut cut_of(const IgemmRow& row, const Conv2dProblem& p) {
   const bool backward = row.backward();
   const int64_t unit = kPackBytes / size_of(p.dtype);
-  const int64_t phases_h = backward ? std::max<int64_t>(1, std::min(p.stride_h, p.H)) : 1;
-  const int64_t phases_w = backward ? std::max<int64_t>(1, std::min(p.stride_w, p.W)) : 1;
+  const int64_t phases_h = backward ? phases_of(p.stride_h, p.H) : 1;
+  const int64_t phases_w = backward ? phases_of(p.stride_w, p.W) : 1;
   const int64_t taps = ceil_div(p.R * p.S, phases_h * phases_w);
   Cut cut = {};
   cut.step_share = static_cast<double>(p.R * p.S) / static_cast<double>(phases_h * phases_w * taps);

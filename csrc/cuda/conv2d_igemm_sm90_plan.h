@@ -63,7 +63,7 @@ struct Axis {
   int size, out, taps, stride, pad, dil;
   bool dgrad;
 
-  int phases() const { return dgrad ? std::min(stride, size) : 1; }
+  int phases() const { return dgrad ? std::max(1, std::min(stride, size)) : 1; }
   int jump() const { return dgrad ? 1 : stride; }
   int tap_step() const { return dgrad ? stride / std::gcd(stride, dil) : 1; }
   int move() const { return dgrad ? -dil / std::gcd(stride, dil) : dil; }

@@ -191,8 +191,8 @@ struct Cut {
 
 Cut cut_of(const Conv2dProblem& p, bool backward, int size, bool one_tap) {
   const int64_t red = (backward ? p.K : p.C) / p.G, outs = (backward ? p.C : p.K) / p.G;
-  const int64_t phases_h = backward ? std::min(p.stride_h, p.H) : 1;
-  const int64_t phases_w = backward ? std::min(p.stride_w, p.W) : 1;
+  const int64_t phases_h = backward ? phases_of(p.stride_h, p.H) : 1;
+  const int64_t phases_w = backward ? phases_of(p.stride_w, p.W) : 1;
   const int64_t positions =
       backward ? ceil_div(p.H, phases_h) * ceil_div(p.W, phases_w) : p.P() * p.Q();
   Cut cut = {};
