@@ -13,10 +13,11 @@ using fastconv::ceil_div;
 using fastconv::refuse_beyond_int;
 
 // Expected microseconds of a kernel that moves `bytes` and does `flops`, reaching `share` of an
-// SM's 128 float32 multiply-adds a cycle.
+// SM's 128 float32 multiply-adds a cycle; sm_80's has 64.
 inline double expected_us(double bytes, double flops, double share, const Device& device) {
   constexpr double kLaunch = 3;
-  return gpu_us(kLaunch, bytes, flops, 128 * 2 * share, device);
+  const double lanes = device.sm_arch == 80 ? 64 : 128;
+  return gpu_us(kLaunch, bytes, flops, lanes * 2 * share, device);
 }
 
 // What an SM's tensor cores do in a cycle by mma.sync: on sm_90 some 60 % of what wgmma does; cards
