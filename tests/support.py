@@ -66,6 +66,10 @@ def triton_missing() -> str:
     missing = triton_kernels.available()
     if missing and os.environ.get("FASTCONV_REQUIRE_TRITON"):
         raise RuntimeError(f"FASTCONV_REQUIRE_TRITON is set, but {missing}")
+    if not missing and os.environ.get("TRITON_INTERPRET") == "1":
+        from fastconv.triton_kernels import interpreter
+
+        interpreter.check_overflow = False  # half of its time: run_row says where it is worth it
     return missing
 
 

@@ -48,6 +48,12 @@ def with_gradient(function, x, grad=None):
     return out.detach(), torch.autograd.grad(out, x, grad)[0]
 
 
+def sizes_for(backend):
+    """Interpreted, alignment is one flag of the problem: the smaller ones show what it does."""
+    interpreted = backend.name == "triton" and backend.device == "cpu"
+    return [s for s in SIZES if not interpreted or s[2] * s[3] in (49, 255)]
+
+
 @functools.cache
 def pool_case(name, size, dtype):
     generator = torch.Generator().manual_seed(sum(size))
@@ -72,7 +78,7 @@ def backend(request):
 def test_pooling(name, dtype, layout, misaligned, backend):
     if dtype == torch.float64 and name.startswith("a"):
         pytest.skip("the oracle is no better than float64; test_pooling.py has one that is")
-    for size in SIZES:
+    for size in sizes_for(backend):
         x, grad, expected, peers = pool_case(name, size, dtype)
         x = placed(x, layout, misaligned, backend.device)
         got = with_gradient(functools.partial(POOLS[name], ff), x, grad)
@@ -106,7 +112,7 @@ def norm_case(size, dtype, training):
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=name_of)
 def test_batch_norm(dtype, layout, training, misaligned, backend):
-    for size in SIZES:
+    for size in sizes_for(backend):
         x, grad, call, expected, peers = norm_case(size, dtype, training)
         x = placed(x, layout, misaligned, backend.device)
         got = with_gradient(functools.partial(call, ff), x, grad)
