@@ -22,7 +22,7 @@ PATH=$CUDA_HOME/bin:$PATH
 
 test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd modules
   pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet triton_rows triton_runtime
-  triton_autotune triton_networks)
+  triton_autotune triton_networks tf32 autotuning)
 tools=(memcheck racecheck synccheck)
 benches=(bfloat16 float16 tf32 float32 fused choice bfloat16-more float16-more tf32-more float32-more
   triton inductor other)

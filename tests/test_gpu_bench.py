@@ -75,7 +75,10 @@ def test_the_choice_is_judged(bench, direction):
 
 def test_the_picked_rows_are_near_the_best_where_that_was_measured():
     """Within 10 % on 95 % of the layers: of a sweep on a GPU whose figures were committed."""
-    for file in (ROOT / "benchmarks" / "results").glob("*choice*.json"):
+    files = list((ROOT / "benchmarks" / "results").glob("*choice*.json"))
+    if not files:
+        pytest.skip("no GPU has measured it yet")
+    for file in files:
         figures = json.loads(file.read_text())["figures"].values()
         ratios = [f["picked_over_best"] for f in figures if "error" not in f]
         near = sum(ratio <= 1.10 for ratio in ratios)

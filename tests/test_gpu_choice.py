@@ -12,10 +12,6 @@ from fastconv.benchmarking.shapes import network
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(not CUDA.is_dir(), reason="the tests were taken out of their tree")
-needs_sm80, needs_sm90 = (
-    pytest.mark.skipif(not list(CUDA.glob(f"conv2d_igemm_{arch}*.cu")), reason="no such kernels")
-    for arch in ("sm80", "sm90")
-)
 # On paper: bfloat16 and TF32 TFLOP/s of dense tensors, float32 without tensor cores, TB/s.
 PEAKS = {"A100": (312, 156, 19.5, 2.0), "H200": (989, 495, 67, 4.8)}
 
@@ -45,7 +41,6 @@ def kernels(choices):
     return [choice.kernel for choice in choices]
 
 
-@needs_sm90
 @pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_h200_runs_dense_layers_by_wgmma(ask, dtype, triton):
@@ -58,7 +53,6 @@ def test_h200_runs_dense_layers_by_wgmma(ask, dtype, triton):
             assert all("_sm90_" in name and "triton" not in name for name in picked), picked
 
 
-@needs_sm80
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a100_runs_dense_layers_by_mma_sync(ask, dtype, direction):
@@ -67,7 +61,6 @@ def test_a100_runs_dense_layers_by_mma_sync(ask, dtype, direction):
     assert all("igemm" in name and "_sm80_" in name for name in picked), picked
 
 
-@needs_sm90
 @pytest.mark.parametrize("gpu", ["A100", "RTX 4090", "B200"])
 def test_only_a_9_0_card_runs_sm_90a(ask, gpu):
     layers = list(layers_of(["resnet50"], 64).values())
@@ -77,7 +70,6 @@ def test_only_a_9_0_card_runs_sm_90a(ask, gpu):
             assert hopper and {c.reason for c in hopper} == {"needs sm_90a"}
 
 
-@needs_sm80
 @pytest.mark.parametrize("gpu", ["A100", "H200"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_strict_float32_is_three_products_on_tensor_cores(ask, gpu, direction):

@@ -4,6 +4,8 @@ A TF32 row is compared with the float64 result of its rounded operands; a strict
 contract even where tensor cores round their sums towards zero.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ TENSOR_CORES = [
     row
     for direction in DIRECTIONS
     for row in support.rows("conv2d", direction)
-    if row.backend == "emulator" and ("igemm" in row.name or "conv1x1_sm90" in row.name)
+    if row.backend in ("emulator", "cuda") and ("igemm" in row.name or "conv1x1_sm90" in row.name)
     if torch.float32 in row.dtypes
 ]
 ROWS = [pytest.param(row, id=row.name) for row in TENSOR_CORES]
@@ -32,13 +34,21 @@ LONG = (
     ConvShape("1x1, wide", 1, 64, 50, 50, 1024, 1, 1),
 )
 
-pytestmark = pytest.mark.skipif(not TENSOR_CORES, reason="the emulator does not run here")
+pytestmark = pytest.mark.skipif(not TENSOR_CORES, reason="neither a GPU nor the emulator runs here")
 
 
 @pytest.fixture
 def allowed():
+    """On a GPU by torch's switch, on CPU tensors by our own."""
+    torch.backends.cudnn.allow_tf32 = True
     with fastconv.emulator.tf32():
         yield
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def truncation(row):
+    """A GPU does as it does."""
+    return fastconv.emulator.truncation() if row.backend == "emulator" else contextlib.nullcontext()
 
 
 def to_tf32(t: torch.Tensor) -> torch.Tensor:
@@ -47,7 +57,8 @@ def to_tf32(t: torch.Tensor) -> torch.Tensor:
 
 
 def run(row, case, layout="NHWC"):
-    call = lambda: support.run_conv(ff.conv2d, case, layout, layout, want=(row.direction,))  # noqa: E731
+    how = {"want": (row.direction,), "device": support.row_device(row)}
+    call = lambda: support.run_conv(ff.conv2d, case, layout, layout, **how)  # noqa: E731
     results, reason = support.forced(row, call)
     return (None, reason) if reason else (results[row.direction], "")
 
@@ -81,7 +92,7 @@ def test_allowed_the_operands_are_rounded_and_nothing_else(row, layout, allowed)
 @pytest.mark.parametrize("row", ROWS)
 def test_strict_sums_do_not_trust_the_tensor_cores(row):
     ran = 0
-    with fastconv.emulator.truncation():
+    with truncation(row):
         for shape in LONG:
             case = support.conv_case(shape, "normal", torch.float32)
             actual, reason = run(row, case)
@@ -96,7 +107,10 @@ def test_strict_sums_do_not_trust_the_tensor_cores(row):
 
 def test_truncation_is_what_it_says(allowed):
     """Nothing promotes TF32's sums: long ones of positive numbers come out too small."""
-    row = next(r for r in TENSOR_CORES if r.direction == "fprop" and "igemm" in r.name)
+    rows = [r for r in TENSOR_CORES if r.direction == "fprop" and "igemm" in r.name]
+    row = next((r for r in rows if r.backend == "emulator"), None)
+    if row is None:
+        pytest.skip("a GPU's tensor cores do as they do")
     x, w = torch.full((1, 512, 6, 6), 1 + 2**-10), torch.full((8, 512, 3, 3), 1 + 2**-10)
     with fastconv.kernel(row.name):
         plain = ff.conv2d(x, w)
