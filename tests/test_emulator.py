@@ -422,6 +422,8 @@ KERNEL_TESTS = (
     "test_pooling.py",
     "test_batch_norm.py",
     "test_fused_pool.py",
+    "test_conv2d_sm80.py",
+    "test_conv2d_sm90.py",
 )
 LOOPING = "max_backward or average_keeps_the_contract or test_contract or test_each_row"
 
@@ -439,10 +441,14 @@ def sanitized_pytest(selection, timeout, *more):
 
 
 def test_kernels_under_address_sanitizer():
-    """Every row, every edge shape, every dtype; small integers, equal layouts."""
-    same = "(NCHW-NCHW or NHWC-NHWC) and integers_are_exact and emulated"
+    """Every row, every edge shape, every dtype; small integers, equal layouts. On tensor cores
+    every fifth shape in NHWC."""
+    cores = "(igemm_sm or conv1x1_sm90)"
+    layouts = f"((NHWC-NHWC and {cores}) or ((NHWC-NHWC or NCHW-NCHW) and not {cores}))"
+    same = f"integers_are_exact and emulated and {layouts}"
+    statistics = "test_statistics and NHWC and (bfloat16 or float32)"
     others = f"(pooling or batch_norm or fused_pool) and (emulated or {LOOPING})"
-    sanitized_pytest(f"({same}) or ({others})", timeout=900)
+    sanitized_pytest(f"({same}) or ({statistics}) or ({others})", timeout=900)
 
 
 @pytest.mark.slow
