@@ -35,11 +35,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: large sweeps, run by `make test-all`")
     torch.set_num_threads(2)
     torch.backends.cudnn.allow_tf32 = False  # contracts are float32's: test_tf32.py allows it
-    # `pytest -n auto` keeps groups together; its workers, who name the groups, are not told.
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        config.option.loadgroup = True
 
 
 @pytest.fixture(autouse=True)
