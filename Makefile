@@ -11,7 +11,7 @@ install:   ## compile and install, against the torch of this environment
 	$(PYTHON) -m pip install -v ".[dev]"
 
 test:      ## the test-suite, against the installed package
-	$(PYTHON) -P -m pytest -n auto --dist loadgroup
+	$(PYTHON) -P -m pytest -n auto
 
 test-all:  ## the same with the large sweeps and 30 times as many random examples
 	FASTCONV_EVERY_SEED=1 $(PYTHON) -P -m pytest -m "" --hypothesis-profile=thorough
