@@ -73,7 +73,7 @@ def build_py_command():
             if self.editable_mode:
                 return
             # The emulator is compiled from these on first use (fastconv/emulator.py).
-            for room in ("core", "cuda", "emulator"):
+            for room in ("core", "cuda", "emulator", "triton"):
                 target = os.path.join(self.build_lib, "fastconv", "csrc", room)
                 shutil.copytree(os.path.join("csrc", room), target)
 
