@@ -66,6 +66,18 @@ def fused(module, x, w, b, options):
     return F.max_pool2d(F.relu(F.conv2d(x, w, b, **options)), 2)
 
 
+def normalised(module, x, w, b, options):
+    if module is ff:
+        pairs = [[options.get(name, least)] * 2 for name, least in WINDOW]
+        groups = options.get("groups", 1)
+        rest = (None, None, 1e-5, *pairs, groups)
+        return torch.ops.fastconv.conv_bn_training(x, w, b, *rest)[0]
+    return F.batch_norm(F.conv2d(x, w, b, **options), None, None, training=True)
+
+
+WINDOW = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
 def max_pool(module, x):
     return module.max_pool2d(x, 3, 2, 1)
 
@@ -85,6 +97,7 @@ def norm(module, x):
 CALLS = {
     "conv2d": convolution,
     "conv2d_max_pool2d": fused,
+    "conv2d_statistics": normalised,
     "max_pool2d": max_pool,
     "avg_pool2d": average,
     "adaptive_avg_pool2d": adaptive,

@@ -33,7 +33,8 @@ def shared_memory(row) -> int:
 def launches_of(row) -> list[fastconv.emulator.Launch]:
     found = []
     for dtype, precision, _ in gpu_rows.MODES:
-        if dtype not in row.dtypes or dtype == torch.float16:  # whose launches are bfloat16's
+        # float16's launches are bfloat16's, TF32's are at most strict float32's.
+        if dtype not in row.dtypes or dtype == torch.float16 or precision == "tf32":
             continue
         for _, call, leaves, arguments in gpu_rows.problems(row, gpu_rows.CONVOLUTIONS):
             leaves = [t.to(dtype) for t in leaves]
