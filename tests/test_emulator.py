@@ -448,7 +448,7 @@ def test_kernels_under_address_sanitizer():
     same = f"integers_are_exact and emulated and {layouts}"
     statistics = "test_statistics and NHWC and (bfloat16 or float32)"
     others = f"(pooling or batch_norm or fused_pool) and (emulated or {LOOPING})"
-    sanitized_pytest(f"({same}) or ({statistics}) or ({others})", timeout=900)
+    sanitized_pytest(f"({same}) or ({statistics}) or ({others})", timeout=2400)
 
 
 @pytest.mark.slow
