@@ -19,7 +19,7 @@ namespace {
 
 // Python callables, never released: a launch may come from any thread until the process ends.
 std::atomic<PyObject*> load{nullptr};  // load(device): calls set_measured_row for what is known
-std::atomic<PyObject*> time_rows{nullptr};  // time_rows(device, key, names, run) -> a name or None
+std::atomic<PyObject*> time_rows{nullptr};  // time_rows(device, key, names, run) -> index or None
 std::atomic<bool> measuring{false};
 
 // By device (an index; -1: the CPU) and problem, the name of a row.
