@@ -125,6 +125,13 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
+def to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to TF32's 10 bits, ties away from zero: half a unit of the last of them is
+    added to the magnitude."""
+    bits = t.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def max_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest absolute difference from a float64 reference; infinite when shapes differ."""
     if actual.shape != reference.shape:

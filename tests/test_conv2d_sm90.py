@@ -126,15 +126,11 @@ def test_few_tiles_of_long_sums_are_split(dtype, layout):
 @pytest.mark.parametrize("name", ROWS)
 def test_tf32(name, layout):
     """Operands are rounded to TF32, ties away from zero, and products are exact in float32."""
-
-    def rounded(t):
-        bits = t.contiguous().view(torch.int32)
-        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
     for s in taken(name)[::2]:
         case = ConvCase(s, "normal", torch.float32)
         exact = ConvCase(s, "normal", torch.float32)
-        exact.input, exact.weight, exact.grad = map(rounded, (case.input, case.weight, case.grad))
+        given = (case.input, case.weight, case.grad)
+        exact.input, exact.weight, exact.grad = map(support.to_tf32, given)
         direction = row_named(name).direction
         with emulator.tf32(), emulator.sms(2):
             got = run_row(name, case, layout)

@@ -51,11 +51,6 @@ def truncation(row):
     return fastconv.emulator.truncation() if row.backend == "emulator" else contextlib.nullcontext()
 
 
-def to_tf32(t: torch.Tensor) -> torch.Tensor:
-    """To nearest, ties away from zero: half a unit of the tenth bit is added to the magnitude."""
-    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 def run(row, case, layout="NHWC"):
     how = {"want": (row.direction,), "device": support.row_device(row)}
     call = lambda: support.run_conv(ff.conv2d, case, layout, layout, **how)  # noqa: E731
@@ -64,7 +59,7 @@ def run(row, case, layout="NHWC"):
 
 
 def rounded_reference(case, direction):
-    x, w, grad = (to_tf32(t.float()).double() for t in (case.input, case.weight, case.grad))
+    x, w, grad = (support.to_tf32(t.float()).double() for t in (case.input, case.weight, case.grad))
     if direction == "fprop":
         return references.conv2d(x, w, case.bias.double(), **case.shape.options)
     which = ("dgrad", "wgrad").index(direction)
