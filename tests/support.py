@@ -331,11 +331,13 @@ def shapes_for(row, dtype, layouts, shapes):
 def combinations(rows, dtypes, layouts, mixed_slow=True):
     """Test parameters (row, dtype, layouts): all, but for slow rows mixed layouts in float32 alone,
     or not at all. Layouts are strides or copies there, which know no dtype."""
+    found = []
     for row, dtype, pair in itertools.product(rows, dtypes, layouts):
         mixed = mixed_slow and dtype is torch.float32
         if pair[0] == pair[1] or mixed or not is_slow(row):
             name = f"{name_of(dtype)}-{'-'.join(pair)}-{row.name}"
-            yield pytest.param(row, dtype, pair, id=name)
+            found.append(pytest.param(row, dtype, pair, id=name))
+    return found
 
 
 def run_row(row, call):

@@ -74,7 +74,7 @@ def every_layer():
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name, args", every_layer())
+@pytest.mark.parametrize("name, args", list(every_layer()))
 def test_every_argument_does_as_torchs(name, args, training, layout, backend):
     ours, theirs = (layer.train(training).to(backend.device) for layer in twins(name, *args))
     channels = args[0] if name == "Conv2d" else 3
@@ -92,7 +92,7 @@ def test_every_argument_does_as_torchs(name, args, training, layout, backend):
     assert repr(ours) == repr(theirs)
 
 
-@pytest.mark.parametrize("name, args", every_layer())
+@pytest.mark.parametrize("name, args", list(every_layer()))
 def test_unbatched_inputs(name, args):
     ours, theirs = twins(name, *args)
     x = torch.randn(args[0] if name == "Conv2d" else 3, 9, 8)
@@ -111,7 +111,7 @@ def test_subclass_signature_and_documentation(name):
     assert ours.__doc__ and ours.__module__.startswith("fastconv")
 
 
-@pytest.mark.parametrize("name, args", every_layer())
+@pytest.mark.parametrize("name, args", list(every_layer()))
 def test_state_dicts_go_both_ways(name, args):
     ours, theirs = twins(name, *args)
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -126,7 +126,7 @@ def test_state_dicts_go_both_ways(name, args):
     assert ours.state_dict()._metadata == theirs.state_dict()._metadata
 
 
-@pytest.mark.parametrize("name, args", every_layer())
+@pytest.mark.parametrize("name, args", list(every_layer()))
 def test_equal_seeds_give_equal_parameters(name, args):
     ours, theirs = twins(name, *args)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -142,7 +142,7 @@ def copies(layer):
     yield torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("name, args", every_layer())
+@pytest.mark.parametrize("name, args", list(every_layer()))
 def test_copies_compute_the_same(name, args):
     layer = twins(name, *args)[0].eval()
     x = torch.randn(1, args[0] if name == "Conv2d" else 3, 9, 8)

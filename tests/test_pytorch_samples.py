@@ -151,7 +151,7 @@ def samples(info, dtype, step, requires_grad, device="cpu"):
     return itertools.islice(every, 0, None, step)
 
 
-@pytest.mark.parametrize("info, dtype, step", operator_dtypes())
+@pytest.mark.parametrize("info, dtype, step", list(operator_dtypes()))
 def test_samples(info, dtype, step):
     """Forward, and backward where torch has one for the dtype."""
     gradients = dtype in info.backward_dtypes and (dtype.is_floating_point or dtype.is_complex)
@@ -174,7 +174,7 @@ def test_samples(info, dtype, step):
     support.coverage[f"op_db {info.name}: samples, {name_of(dtype)}"] += ran
 
 
-@pytest.mark.parametrize("info", operators())
+@pytest.mark.parametrize("info", list(operators()))
 @pytest.mark.parametrize("device", [b.device for b in support.backends() if b.name == "triton"])
 def test_float32_samples_on_triton(info, device):
     """Forward and backward, on Triton kernels alone."""
@@ -192,7 +192,7 @@ def test_float32_samples_on_triton(info, device):
     support.coverage[f"op_db {info.name}: samples, float32, Triton"] += ran
 
 
-@pytest.mark.parametrize("info", operators())
+@pytest.mark.parametrize("info", list(operators()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_samples_in_channels_last(info, dtype):
     ran = 0
@@ -218,7 +218,7 @@ def test_samples_in_channels_last(info, dtype):
     support.coverage[f"op_db {info.name}: samples in channels_last"] += ran
 
 
-@pytest.mark.parametrize("info", operators())
+@pytest.mark.parametrize("info", list(operators()))
 def test_error_inputs(info):
     if info.error_inputs_func is None:
         assert info.name == "nn.functional.batch_norm"  # torch lists none
@@ -246,7 +246,7 @@ def module_inputs(info, dtype, training, requires_grad=True):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-@pytest.mark.parametrize("info", layer_infos())
+@pytest.mark.parametrize("info", list(layer_infos()))
 def test_module_inputs(info, dtype, training):
     ran = 0
     for sample in module_inputs(info, dtype, training):
@@ -283,7 +283,7 @@ def test_module_inputs(info, dtype, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("info", layer_infos())
+@pytest.mark.parametrize("info", list(layer_infos()))
 def test_module_error_inputs(info, training):
     if info.module_error_inputs_func is None:
         return  # torch lists none for this layer

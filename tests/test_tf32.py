@@ -40,10 +40,9 @@ pytestmark = pytest.mark.skipif(not TENSOR_CORES, reason="neither a GPU nor the 
 @pytest.fixture
 def allowed():
     """On a GPU by torch's switch, on CPU tensors by our own."""
-    torch.backends.cudnn.allow_tf32 = True
-    with fastconv.emulator.tf32():
+    switches = torch.backends.cudnn  # frozen outside `flags` once torch's test suite is imported
+    with switches.flags(enabled=switches.enabled, allow_tf32=True), fastconv.emulator.tf32():
         yield
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def truncation(row):
