@@ -86,4 +86,37 @@ FASTCONV_HOST_DEVICE inline T activate(T z, Activation a, T slope) {
   return z;
 }
 
+// d activate(z) / d z. At the kinks as torch's: 0 at ReLU's, and at both of ReLU6's; NaN passes.
+template <class T>
+FASTCONV_HOST_DEVICE inline T activation_derivative(T z, Activation a, T slope) {
+  switch (a) {
+    case Activation::kNone:
+      return T(1);
+    case Activation::kReLU:
+      return z <= T(0) ? T(0) : T(1);
+    case Activation::kReLU6:
+      return z <= T(0) || z >= T(6) ? T(0) : T(1);
+    case Activation::kLeakyReLU:
+      return z > T(0) ? T(1) : slope;
+    case Activation::kSiLU: {
+      const T s = T(1) / (T(1) + std::exp(-z));
+      return s * (T(1) + z * (T(1) - s));
+    }
+    case Activation::kHardSwish:
+      return z < T(-3) ? T(0) : z <= T(3) ? z / T(3) + T(0.5) : T(1);
+    case Activation::kSigmoid: {
+      const T s = T(1) / (T(1) + std::exp(-z));
+      return s * (T(1) - s);
+    }
+  }
+  return T(1);
+}
+
+// Whether activation_derivative(activate(z)) is activation_derivative(z): then backward may read
+// the output where it would need z.
+constexpr bool derivative_from_output(Activation a) {
+  return a == Activation::kNone || a == Activation::kReLU || a == Activation::kReLU6 ||
+         a == Activation::kLeakyReLU;
+}
+
 }  // namespace fastconv
