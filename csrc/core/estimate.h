@@ -43,4 +43,11 @@ inline Device busy_part(Device device, int64_t blocks, int64_t a_sm) {
   return device;
 }
 
+// By how much a launch's arithmetic grows because its last wave takes as long as a full one.
+inline double whole_waves(const Device& device, int64_t blocks, int64_t a_sm) {
+  const int64_t slots = std::max(device.sm_count, 1) * a_sm;
+  if (blocks <= slots) return 1;  // busy_part() knows
+  return static_cast<double>((blocks + slots - 1) / slots * slots) / static_cast<double>(blocks);
+}
+
 }  // namespace fastconv

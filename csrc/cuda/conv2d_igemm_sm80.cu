@@ -164,12 +164,10 @@ double cost(const IgemmRow& row, const Conv2dProblem& p, const Device& device) {
   constexpr double kLaunch = 3, kNextLaunch = 2;
   const Cut cut = cut_of(row, p);
   const int64_t blocks = cut.tiles * cut.splits;
-  const int64_t slots = std::max(device.sm_count, 1) * row.tile(p).blocks;
-  // The last wave takes as long as a full one.
-  const int64_t whole = blocks > slots ? ceil_div(blocks, slots) * slots : blocks;
   const double depth =
       static_cast<double>(ceil_div(cut.steps, cut.splits) * kIgemmRowBytes / size_of(p.dtype));
-  const double flops = 2.0 * depth * static_cast<double>(whole * row.tile(p).m * row.tile(p).n) *
+  const double flops = 2.0 * depth * static_cast<double>(blocks * row.tile(p).m * row.tile(p).n) *
+                       whole_waves(device, blocks, row.tile(p).blocks) *
                        (cut.patches ? kPatchPrice : 1) * cut.step_share;
   // Copies and partial sums are written and read.
   const auto moved = static_cast<double>(Workspace(row, p, cut, nullptr).bytes);

@@ -279,18 +279,19 @@ Plan plan_with(const Conv2dProblem& p, const TileSize& tile, bool patches) {
 
 // Microseconds of a plan.
 double cost_of(const Plan& plan, const Conv2dProblem& p, const Device& device) {
-  const bool is_16bit = size_of(p.dtype) == 2;
+  const bool alone = size_of(p.dtype) == 4 && plan.tile.m + plan.tile.n == 256;  // kBlocks
+  const int a_sm = alone ? 1 : 2;
   const double flops = 2.0 * static_cast<double>(plan.tiles * plan.tile.m * plan.tile.n) *
-                       static_cast<double>(p.N * p.P() * p.Q());
+                       static_cast<double>(p.N * p.P() * p.Q()) *
+                       whole_waves(device, plan.blocks(), a_sm);
   // Partial sums and copies are written once and read once.
   const int64_t copies = plan.input.copy_bytes(p) + plan.grad.copy_bytes(p);
   const double bytes =
       p.bytes() + 2.0 * static_cast<double>(plan.partial_bytes) + 2.0 * static_cast<double>(copies);
   const int more =
       (plan.split.splits > 1 ? 1 : 0) + (plan.input.copied ? 1 : 0) + (plan.grad.copied ? 1 : 0);
-  const bool alone = !is_16bit && plan.tile.m + plan.tile.n == 256;  // kBlocks
   return gpu_us(3 + 1.5 * more, bytes, flops, mma_flops(p, device) * plan.tile.share,
-                busy_part(device, plan.blocks(), alone ? 1 : 2));
+                busy_part(device, plan.blocks(), a_sm));
 }
 
 // The cheapest tile on a card of 108 SMs, so that the problem alone decides.
