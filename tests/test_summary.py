@@ -124,7 +124,7 @@ def test_the_network_stays_as_it_is(installed, monkeypatch):
     "size, error, message",
     [
         ((1, 3, 28, 28), ValueError, r"LeNet5 does not take an input of size \(1, 3, 28, 28\): .+"),
-        ((1, 1, 30, 30), ValueError, r"LeNet5 does not take an input of size \(1, 1, 30, 30\): .+"),
+        ((1, 1, 32, 32), ValueError, r"LeNet5 does not take an input of size \(1, 1, 32, 32\): .+"),
         ((28,), ValueError, "LeNet5 does not take"),
         ((1, 1, 0, 28), ValueError, r"sizes in input_size must be at least 1, but got \(1, 1, 0"),
         ((), ValueError, r"must be at least 1, but got \(\)"),
