@@ -586,6 +586,36 @@ def test_changed_modules_are_called_one_by_one(change, training):
     assert fused == (0 if change is other_activation else 1)
 
 
+@pytest.mark.parametrize(
+    "activation, fused",
+    [
+        (nn.ReLU(inplace=True), True),
+        (nn.ReLU6(), True),
+        (nn.SiLU(), True),
+        (nn.Hardswish(), True),
+        (nn.Sigmoid(), True),
+        (nn.LeakyReLU(), True),
+        (nn.LeakyReLU(0.3), False),
+        (nn.GELU(), False),
+    ],
+    ids=repr,
+)
+def test_activations_that_follow(activation, fused):
+    layers = fastconv.Conv2d(3, 4, 3), fastconv.BatchNorm2d(4), activation, nn.Tanh()
+    model = fastconv.modules.ConvSequential(*layers).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected = nn.Sequential(*layers)(x)
+    called = []
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        forward = type(activation).forward
+        with pytest.MonkeyPatch.context() as patch:
+            spy = lambda self, x: called.append(self) or forward(self, x)  # noqa: E731
+            patch.setattr(type(activation), "forward", spy)
+            model(x)
+    assert called == ([] if fused else [activation])
+
+
 @pytest.mark.parametrize("where", ["conv1", "bn1", "conv2", "bn2", "relu"])
 @pytest.mark.parametrize(
     "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
@@ -635,8 +665,11 @@ def test_synchronised_batch_norm_is_called(training, monkeypatch):
     assert len(called) == 5
 
 
-def test_the_fused_layers_hooks_fire_too():
-    layer = fastconv.ConvBNReLU2d(3, 4, 3, activation="silu")
+@pytest.mark.parametrize(
+    "activation", ["relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "none", None]
+)
+def test_the_fused_layers_hooks_fire_too(activation):
+    layer = fastconv.ConvBNReLU2d(3, 4, 3, activation=activation)
     x, seen = torch.randn(2, 3, 6, 6), []
     expected = copy.deepcopy(layer)(x)
     layer.conv.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
