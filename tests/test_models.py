@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+import pickle
 import warnings
 
 import pytest
@@ -280,7 +281,7 @@ def test_learns_a_batch(name):
     """GoogLeNet in the paper's form, with nothing to normalise: its start must let it learn."""
     torch.manual_seed(3)
     paper = name == "googlenet"
-    size, config = (64, {"paper": True}) if paper else (SMALL[name], {"in_channels": 1})
+    size, config = (32, {"paper": True}) if paper else (SMALL[name], {"in_channels": 1})
     model = models.get_model(name, num_classes=4, **config)
     channels = 3 if paper else 1
     images, labels = torch.randn(4, channels, size, size), torch.arange(4)
@@ -518,6 +519,31 @@ def test_blocks_are_their_modules_one_by_one(name, training, backend):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3, msg=key)
     for a, b in zip(block.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "mnist_cnn", "fashion_cnn"])
+def test_small_networks_on_every_backend(name, backend):
+    model = models.get_model(name, num_classes=3).to(backend.device).eval()
+    twin = peers.torch_twin(model)
+    images = torch.randn(1, 1, SMALL[name], SMALL[name], device=backend.device)
+    labels = torch.ones(1, dtype=torch.long, device=backend.device)
+    losses = [F.cross_entropy(net(images), labels) for net in (model, twin)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    ours, expected = (
+        torch.autograd.grad(loss, list(net.parameters()))
+        for loss, net in zip(losses, (model, twin), strict=True)
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_copies_and_pickles(name):
+    """The files of AlexNet and GoogLeNet share their names with constructors."""
+    block = blocks()[name][0].eval()
+    x = torch.randn(1, 8, 6, 6)
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(copied) is type(block)
+        assert torch.equal(copied(x), block(x))
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -118,6 +118,7 @@ class GoogLeNet(nn.Module):
         aux_logits: bool = True,
         transform_input: bool = False,
         init_weights: bool = True,
+        *,
         dropout: float | None = None,
         dropout_aux: float = 0.7,
         in_channels: int = 3,
