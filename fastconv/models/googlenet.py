@@ -140,7 +140,7 @@ class GoogLeNet(nn.Module):
             return Inception(*channels, paper=paper)
 
         self.conv1 = BasicConv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, paper=paper)
-        # No parameters, so the keys stay torchvision's.
+        # The paper normalises behind the first pooling and before the second.
         self.maxpool1 = nn.Sequential(pool(3), local_response_norm()) if paper else pool(3)
         self.conv2 = BasicConv2d(64, 64, kernel_size=1, paper=paper)
         self.conv3 = BasicConv2d(64, 192, kernel_size=3, padding=1, paper=paper)

@@ -147,7 +147,8 @@ class ConvBNReLU2d(nn.Module):
     Shapes: input (N, in_channels, H, W); residual and output (N, out_channels, P, Q).
 
     ``conv`` is a :class:`fastconv.Conv2d` and ``bn`` a :class:`fastconv.BatchNorm2d`; the
-    state_dict holds theirs in that order. Evaluation is differentiable too.
+    state_dict holds theirs in that order. Evaluation is differentiable too. Where either has hooks
+    or has been replaced, the two are called one by one; see :func:`conv_bn`.
 
     Raises:
         ValueError: for an unknown activation, and as torch.nn's constructors do.
