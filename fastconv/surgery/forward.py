@@ -1,0 +1,107 @@
+"""The fused forward of a module: code written by torch.fx, kept beside the module's own.
+
+It is set on the instance, so that the module keeps its class, its tree, its state_dict keys, its
+other methods and its hooks. The code reaches every layer and tensor through the module at each
+call: what ``.to()``, ``load_state_dict`` or an assignment changes, it sees.
+"""
+
+import importlib
+import types
+
+from torch import fx, nn
+
+
+class FusedForward:
+    """Calls the fused code where it stands for the module's own, else the module's own.
+
+    Args:
+        owner: the module whose forward this is.
+        graph: what to compute. Targets begin with "owner." or "parts.".
+        parts: the fused layers by name.
+        fixed: modules whose evaluation mode the graph takes for granted.
+        required: the names of the arguments that the graph takes.
+        defaults: the other arguments of the owner's forward, and the values traced for them.
+    """
+
+    def __init__(self, owner, graph, parts, fixed, required, defaults):
+        self.owner = owner
+        self.parts = nn.ModuleDict(parts).eval()
+        self.fixed = fixed
+        self.required = required
+        self.defaults = defaults
+        code = graph.python_code("self")
+        self.source = code.src
+        self.names = dict(code.globals)
+        self._compile()
+
+    def _compile(self):
+        namespace = dict(self.names)
+        exec(compile(self.source, f"<fused {type(self.owner).__name__}>", "exec"), namespace)
+        self.function = namespace["forward"]
+
+    def __getstate__(self):
+        # A function made by exec cannot be pickled, nor can a module of Python.
+        state = {k: v for k, v in vars(self).items() if k != "function"}
+        state["names"] = {
+            name: _Import(value.__name__) if isinstance(value, types.ModuleType) else value
+            for name, value in self.names.items()
+        }
+        return state
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.names = {
+            name: value.load() if isinstance(value, _Import) else value
+            for name, value in self.names.items()
+        }
+        self._compile()
+
+    def __call__(self, *args, **kwargs):
+        values = self._values(args, kwargs)
+        if values is None:
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        return self.function(self, *values)
+
+    def _values(self, args, kwargs):
+        """The graph's arguments; None where the call is not the one that was traced."""
+        for module in self.fixed:
+            if module.training:
+                return None
+        for value in args:
+            if isinstance(
+                value, fx.Proxy
+            ):  # somebody else traces, and sees more in our owner's code
+                return None
+        if not kwargs and len(args) == len(self.required):
+            return args
+        names = (*self.required, *self.defaults)
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or given.keys() & kwargs.keys():
+            return None  # the owner says what is wrong
+        given.update(kwargs)
+        for name, value in given.items():
+            if name not in names or (name in self.defaults and value is not self.defaults[name]):
+                return None
+        return [given[name] for name in self.required] if given.keys() >= {*self.required} else None
+
+
+class _Import:
+    """A module of Python, by name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def load(self):
+        return importlib.import_module(self.name)
+
+
+def install(module, made):
+    # On the instance, where calls look before the class.
+    vars(module)["forward"] = made
+
+
+def remove(model):
+    """Takes every fused forward off again."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del module.forward
