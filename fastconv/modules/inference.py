@@ -1,4 +1,4 @@
-"""The layer that fuse() makes: a convolution with what follows it, of modules that exist already."""
+"""The layer that fuse() makes: a convolution and what follows it, of modules that exist."""
 
 import torch
 import torch.nn.functional as F

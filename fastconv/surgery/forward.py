@@ -68,9 +68,7 @@ class FusedForward:
             if module.training:
                 return None
         for value in args:
-            if isinstance(
-                value, fx.Proxy
-            ):  # somebody else traces, and sees more in our owner's code
+            if isinstance(value, fx.Proxy):  # somebody else traces: our owner's code says more
                 return None
         if not kwargs and len(args) == len(self.required):
             return args

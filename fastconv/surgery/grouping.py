@@ -85,9 +85,8 @@ class Grouping:
         if node.op == "call_function" and what in patterns.FUNCTIONS:
             node.target = patterns.FUNCTIONS[what]
             name = node.target.__name__
-            self.entries[node] = Entry(
-                node.name, f"F.{name}", f"functional.{name}", "a function: only layers are fused"
-            )
+            reason = "" if "pool" in name else "a function: only layers are fused"
+            self.entries[node] = Entry(node.name, f"F.{name}", f"functional.{name}", reason)
         elif node.op == "call_module":
             module = self.modules[node.target]
             reason = ""
@@ -113,8 +112,15 @@ class Grouping:
             if user.all_input_nodes == [group.tail] and patterns.is_identity(user, self.modules):
                 group.nodes.append(user)
                 continue
-            group.stop = f"followed by {patterns.label(user, self.modules)}"
+            group.stop = self._followed_by(group, user)
             return user
+
+    def _followed_by(self, group, user):
+        if type(self.modules.get(user.target)) is FusedConv2d:
+            host = self.entries[user].name
+            added = user.args[0] is not group.tail
+            return f"added in the kernel of {host}" if added else f"followed by {host}"
+        return f"followed by {patterns.label(user, self.modules)}"
 
     def _grow(self, node):
         group = Group([node], node, self.modules[node.target])

@@ -23,7 +23,7 @@ class Untraceable(Exception):
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy that code asking ``isinstance(x, torch.Tensor)`` takes for the tensor it stands for."""
+    """A proxy that ``isinstance(x, torch.Tensor)`` takes for the tensor that it stands for."""
 
     @property
     def __class__(self):
