@@ -7,8 +7,35 @@ call: what ``.to()``, ``load_state_dict`` or an assignment changes, it sees.
 
 import importlib
 import types
+from dataclasses import dataclass, field
 
 from torch import fx, nn
+
+
+@dataclass
+class Arguments:
+    """The arguments of a forward.
+
+    Attributes:
+        positional: the names of those that may be given by position.
+        required: the names of those that must be given: the graph takes them.
+        defaults: the others, and the values that the graph was traced with.
+    """
+
+    positional: list = field(default_factory=list)
+    required: list = field(default_factory=list)
+    defaults: dict = field(default_factory=dict)
+
+    def bind(self, args, kwargs):
+        """The arguments of a call by name; None where it is not the call that was traced."""
+        given = dict(zip(self.positional, args, strict=False))
+        if len(args) > len(self.positional) or given.keys() & kwargs.keys():
+            return None  # the owner's forward says what is wrong
+        given.update(kwargs)
+        for name, value in given.items():
+            if name not in self.required and value is not self.defaults.get(name, self):
+                return None
+        return given if all(name in given for name in self.required) else None
 
 
 class FusedForward:
@@ -19,16 +46,14 @@ class FusedForward:
         graph: what to compute. Targets begin with "owner." or "parts.".
         parts: the fused layers by name.
         fixed: modules whose evaluation mode the graph takes for granted.
-        required: the names of the arguments that the graph takes.
-        defaults: the other arguments of the owner's forward, and the values traced for them.
+        arguments: those of the owner's forward, as the tracer found them.
     """
 
-    def __init__(self, owner, graph, parts, fixed, required, defaults):
+    def __init__(self, owner, graph, parts, fixed, arguments):
         self.owner = owner
         self.parts = nn.ModuleDict(parts).eval()
         self.fixed = fixed
-        self.required = required
-        self.defaults = defaults
+        self.arguments = arguments
         code = graph.python_code("self")
         self.source = code.src
         self.names = dict(code.globals)
@@ -56,7 +81,7 @@ class FusedForward:
         }
         self._compile()
 
-    def __call__(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         values = self._values(args, kwargs)
         if values is None:
             return type(self.owner).forward(self.owner, *args, **kwargs)
@@ -70,17 +95,11 @@ class FusedForward:
         for value in args:
             if isinstance(value, fx.Proxy):  # somebody else traces: our owner's code says more
                 return None
-        if not kwargs and len(args) == len(self.required):
+        required = self.arguments.required
+        if not kwargs and len(args) == len(required):
             return args
-        names = (*self.required, *self.defaults)
-        given = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or given.keys() & kwargs.keys():
-            return None  # the owner says what is wrong
-        given.update(kwargs)
-        for name, value in given.items():
-            if name not in names or (name in self.defaults and value is not self.defaults[name]):
-                return None
-        return [given[name] for name in self.required] if given.keys() >= {*self.required} else None
+        given = self.arguments.bind(args, kwargs)
+        return None if given is None else [given[name] for name in required]
 
 
 class _Import:
@@ -94,12 +113,13 @@ class _Import:
 
 
 def install(module, made):
-    # On the instance, where calls look before the class.
-    vars(module)["forward"] = made
+    # On the instance, where calls look before the class. A method, as torch.export expects.
+    vars(module)["forward"] = made.forward
 
 
 def remove(model):
     """Takes every fused forward off again."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), FusedForward):
+        set_here = vars(module).get("forward")
+        if isinstance(getattr(set_here, "__self__", None), FusedForward):
             del module.forward

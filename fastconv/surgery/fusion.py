@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import nn
+
 from fastconv.surgery import forward, reporting, tracing
 from fastconv.surgery.conversion import checked_copy, convert
 from fastconv.surgery.grouping import Grouping
@@ -76,7 +78,8 @@ class _Fuser:
                 return
             except Exception as error:  # whatever a forward raises when it meets a proxy
                 reason = tracing.one_line(error)
-        self.reasons[module] = reason
+        if type(module).forward is not nn.Module.forward:  # a ModuleList has none
+            self.reasons[module] = reason
         for child in module.children():
             self._fuse(child)
 
@@ -90,9 +93,7 @@ class _Fuser:
         self._enter(module, Grouping(graph, modules, parts, fixed).run(), called)
         if parts:
             _retarget(graph)
-            made = forward.FusedForward(
-                module, graph, parts, fixed, tracer.required, tracer.defaults
-            )
+            made = forward.FusedForward(module, graph, parts, fixed, tracer.arguments)
             forward.install(module, made)
         for leaf in called:
             self._fuse(leaf)

@@ -6,11 +6,14 @@ module that has it becomes a single node of the graph, with the reason, and is c
 """
 
 import inspect
+import operator
 from collections import OrderedDict
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastconv.surgery.forward import Arguments
 
 # Their subclasses are called, not looked into: they stand for one operation.
 LAYERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, _BatchNorm)
@@ -25,9 +28,26 @@ class Untraceable(Exception):
 class TensorProxy(fx.Proxy):
     """A proxy that ``isinstance(x, torch.Tensor)`` takes for the tensor that it stands for."""
 
+    _is_param = _is_buffer = False  # isinstance(x, nn.Parameter), nn.Buffer ask
+
     @property
     def __class__(self):
         return torch.Tensor
+
+    def __setitem__(self, index, value):
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(function):
+    # torch.fx would write x += y down as x = x + y, which other names of the tensor do not see.
+    def assign(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return assign
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(TensorProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class Tracer(fx.Tracer):
@@ -60,17 +80,18 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """Proxies for the arguments that must be given; the others have the values they default to,
         on which forwards branch."""
-        self.required, self.defaults = [], {}
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
-        for p in parameters:
+        self.arguments = Arguments()
+        for p in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if p.kind is not p.KEYWORD_ONLY:
+                self.arguments.positional.append(p.name)
             if p.default is not p.empty:
-                self.defaults[p.name] = p.default
+                self.arguments.defaults[p.name] = p.default
             elif p.kind is p.POSITIONAL_OR_KEYWORD:
-                self.required.append(p.name)
+                self.arguments.required.append(p.name)
             else:
                 raise Untraceable(f"its forward takes {p}")
-        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.required]
-        return root_fn, [self.root, *proxies]
+        names = self.arguments.required
+        return root_fn, [self.root, *(self.create_proxy("placeholder", n, (), {}) for n in names)]
 
     def is_leaf_module(self, m, module_qualified_name):
         return isinstance(m, LAYERS) or _is_torchs(m)  # parametrize's classes are torch.nn's
