@@ -163,10 +163,12 @@ def test_an_input_changed_in_place_is_changed():
 def test_a_residual_that_is_broadcast(shape):
     other = nn.Parameter(torch.randn(shape))
     check(Net(lambda m, x: F.relu(m.bn(m.conv(x)) + m.other), other=other))
+    check(Net(lambda m, x: F.relu(m.bn(x) + m.other), other=other))
 
 
 def test_a_residual_of_another_dtype():
     check(Net(lambda m, x: F.silu(m.bn(m.conv(x)) + x.double())))
+    check(Net(lambda m, x: F.silu(m.bn(x) + x.double())))
 
 
 def test_two_convolutions_added():
@@ -206,7 +208,8 @@ def test_changes_in_place_elsewhere_do_not_matter():
         third = m.inplace(m.conv2(x))
         return m.inplace(y + third)
 
-    check(Net(body), exactly={"conv": "Conv-BN-add-ReLU", "conv2": "Conv-ReLU"})
+    wanted = {"conv": "Conv-BN-add-ReLU", "conv2": "Conv-ReLU", "bn2": "BN-ReLU"}
+    check(Net(body), exactly=wanted)
 
 
 def test_the_residual_changed_in_place_before_and_after():
@@ -237,7 +240,7 @@ def test_results_that_are_used_elsewhere_too(where):
         kept = {"convolution": a, "norm": b, "addition": c}[where]
         return F.relu(c), kept * 2
 
-    wanted = {"convolution": {}, "norm": {"conv": "Conv-BN"}, "addition": {"conv": "Conv-BN-add"}}
+    wanted = {"convolution": {"bn": "BN-add-ReLU"}, "norm": {"conv": "Conv-BN"}, "addition": {"conv": "Conv-BN-add"}}
     check(Net(body), exactly=wanted[where])
     assert reason(Net(body)) == "its output is read 2 times"
 
@@ -245,6 +248,8 @@ def test_results_that_are_used_elsewhere_too(where):
 def test_activation_before_norm_is_not_folded():
     found = check(Net(lambda m, x: m.bn(m.relu(m.conv(x)))), exactly={"conv": "Conv-ReLU"})
     assert found["bn"] == "BatchNorm2d"
+    net = Net(lambda m, x: m.inplace(m.bn(m.relu(m.conv(x))) + x))
+    check(net, exactly={"conv": "Conv-ReLU", "bn": "BN-add-ReLU"})
 
 
 @pytest.mark.parametrize("tracks", [True, False])
@@ -258,6 +263,25 @@ def test_norms_without_fixed_statistics(tracks):
     torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-5)
     entries = {entry.name: entry.reason for entry in surgery.report(fused).entries}
     assert entries["conv"] == entries["norm"] == why
+
+
+@pytest.mark.parametrize("name, act", SPELLINGS)
+def test_norms_alone_take_an_activation(name, act):
+    """Networks that normalise before they convolve."""
+    layers = {"act": act} if isinstance(act, nn.Module) else {}
+    run = (lambda m, y: m.act(y)) if layers else (lambda m, y: act(y))
+    check(Net(lambda m, x: run(m, m.bn(x * 1)), **layers), exactly={"bn": f"BN-{name}"})
+    check(Net(lambda m, x: run(m, m.bn(x) + x), **layers), exactly={"bn": f"BN-add-{name}"})
+
+
+def test_a_norms_input_changed_before_the_addition():
+    def body(m, x):
+        x = x * 1
+        y = m.bn(x)
+        return y + x.relu_()
+
+    check(Net(body), exactly={})
+    assert "relu_ changes its input in place" in reason(Net(body), "bn")
 
 
 def test_a_norm_without_factors():
@@ -281,7 +305,7 @@ def test_a_norm_of_another_channel_count_fails_as_before():
 def test_layers_with_hooks_are_left_alone(layer):
     net, calls = Net(lambda m, x: m.relu(m.bn(m.conv(x)))), []
     getattr(net, layer).register_forward_hook(lambda *_: calls.append(layer))
-    fused = {"conv": {}, "bn": {}, "relu": {"conv": "Conv-BN"}}[layer]
+    fused = {"conv": {"bn": "BN-ReLU"}, "bn": {}, "relu": {"conv": "Conv-BN"}}[layer]
     check(net, exactly=fused)
     assert calls == [layer, layer]
 
@@ -299,7 +323,8 @@ def test_containers_with_hooks_are_called():
 def test_parametrized_convolutions_are_left_alone():
     net = Net(lambda m, x: m.relu(m.bn(m.conv(x))))
     nn.utils.parametrizations.spectral_norm(net.conv)
-    check(net, exactly={})
+    check(net, exactly={"bn": "BN-ReLU"})
+    assert reason(net) == "parametrized, or a subclass"
 
 
 def test_shared_layers():
@@ -365,9 +390,8 @@ def test_subclasses_stay():
             return 2 * super().forward(x)
 
     net = nn.Sequential(Own(4, 4, 1), bn(), nn.ReLU(), conv(), nn.ReLU())
-    check(net, exactly={"3": "Conv-ReLU"})
+    check(net, exactly={"1": "BN-ReLU", "3": "Conv-ReLU"})
     assert reason(net, "0") == "a subclass of Conv2d, with code of its own"
-    assert reason(net, "1") == "reads no convolution of its own"
 
 
 class Branching(nn.Module):

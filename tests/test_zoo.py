@@ -183,6 +183,7 @@ def test_fused_it_computes_the_same(network):
     assert relative_error(got, wanted) < 1e-4
     found = surgery.report(fused)
     alone = [entry for entry in found.left if entry.became == "Conv2d"]
+    print(f"ZOO {network}|{len(found.fused)}|{len(alone)}|{sorted({e.reason for e in found.left if e.reason})}")
     assert len(found.fused) >= network.fused and len(alone) <= network.left, f"\n{found}"
     support.coverage["networks fused: outputs the same"] += 1
     support.coverage["networks fused: kernels of several layers"] += len(found.fused)

@@ -1,4 +1,5 @@
-"""The layer that fuse() makes: a convolution and what follows it, of modules that exist."""
+"""The layers that fuse() makes: a convolution or BatchNorm and what follows it, of modules that
+exist."""
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,8 @@ class FusedConv2d(nn.Module):
             return self._pooled(input, weight, geometry)
         if residual is None or _fits(residual, input, weight, **geometry):
             return self._folded(input, weight, geometry, residual, self.activation)
-        # Broadcast, of another dtype, or a number: the kernel adds element to element only.
-        z = self._folded(input, weight, geometry, None, None) + residual
-        return z if self.activation == "none" else getattr(F, self.activation)(z)
+        z = self._folded(input, weight, geometry, None, None)
+        return _add_apart(z, residual, self.activation)
 
     def _folded(self, input, weight, geometry, residual, activation):
         bn = self.bn
@@ -78,10 +78,59 @@ class FusedConv2d(nn.Module):
         return f"activation={self.activation!r}"
 
 
+class FusedBatchNorm2d(nn.Module):
+    """activation(bn(input) + residual) in evaluation, of a model's own BatchNorm, as one kernel.
+
+    Args:
+        bn: what holds running_mean, running_var, weight, bias and eps.
+        activation: as of :class:`FusedConv2d`.
+    """
+
+    def __init__(self, bn, activation=None):
+        super().__init__()
+        self.bn = bn
+        self.activation = functional.activation_name(activation)
+
+    def forward(self, input, residual=None):
+        if residual is None or _matches(residual, input, input.shape, input.dtype):
+            return self._normalised(input, residual, self.activation)
+        return _add_apart(self._normalised(input, None, None), residual, self.activation)
+
+    def _normalised(self, input, residual, activation):
+        bn = self.bn
+        return functional.batch_norm_relu(
+            input,
+            bn.running_mean,
+            bn.running_var,
+            bn.weight,
+            bn.bias,
+            residual=residual,
+            eps=bn.eps,
+            activation=activation,
+        )
+
+    def extra_repr(self):
+        return f"activation={self.activation!r}"
+
+
+def _add_apart(z, residual, activation):
+    """For residuals that are broadcast, of another dtype, or numbers: the kernels add element to
+    element only."""
+    z = z + residual
+    return z if activation == "none" else getattr(F, activation)(z)
+
+
+def _matches(residual, input, shape, dtype):
+    return (
+        isinstance(residual, Tensor)
+        and residual.device == input.device
+        and residual.shape == shape
+        and residual.dtype == dtype
+    )
+
+
 def _fits(residual, input, weight, stride, padding, dilation):
     """Whether a residual is of the convolution's output's size, dtype and device."""
-    if not isinstance(residual, Tensor) or residual.device != input.device:
-        return False
     output = [
         (size + 2 * p - d * (window - 1) - 1) // s + 1
         for size, window, s, p, d in zip(
@@ -89,7 +138,7 @@ def _fits(residual, input, weight, stride, padding, dilation):
         )
     ]
     shape = (*input.shape[:-3], weight.shape[0], *output)
-    return residual.shape == shape and residual.dtype == _output_dtype(input)
+    return _matches(residual, input, shape, _output_dtype(input))
 
 
 def _output_dtype(input):

@@ -1,10 +1,11 @@
-"""Finding, in a traced graph, a convolution with what follows it, and making it one node."""
+"""Finding, in a traced graph, a convolution or BatchNorm with what follows it, and making it one
+node."""
 
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from fastconv.modules.inference import FusedConv2d
+from fastconv.modules.inference import FusedBatchNorm2d, FusedConv2d
 from fastconv.surgery import patterns
 from fastconv.surgery.reporting import LAYERS, Entry, whose
 from fastconv.surgery.tracing import has_hooks
@@ -24,7 +25,8 @@ class Group:
     """A chain of nodes that one kernel computes: each is read by the next alone.
 
     Attributes:
-        nodes: the convolution and what follows it, in order.
+        nodes: the convolution or BatchNorm and what follows it, in order.
+        conv: the convolution; None where a BatchNorm stands first.
         anchor: the one in whose place the kernel runs.
         residual: the node that is added, or None.
         words: what the kernel does, as "Conv", "BN", "ReLU".
@@ -33,12 +35,12 @@ class Group:
 
     nodes: list
     anchor: fx.Node
-    conv: object
+    conv: object = None
     bn: object = None
     residual: fx.Node = None
     activation: str = None
     pool: object = None
-    words: list = field(default_factory=lambda: ["Conv"])
+    words: list = field(default_factory=list)
     stop: str = ""
 
     @property
@@ -64,16 +66,25 @@ class Grouping:
         """The entries of a report, in the order of execution."""
         for node in list(self.graph.nodes):
             if patterns.kind(node, self.modules) in patterns.CONVOLUTIONS:
-                reason = why_not_conv(node, self.modules[node.target])
-                group = None if reason else self._grow(node)
-                if group is None or len(group.words) == 1:
-                    self._enter(node, node, "Conv2d", reason or group.stop)
-                else:
-                    self._replace(group)
+                self._fuse(node, self._conv, why_not_conv(node, self.modules[node.target]))
+        for node in list(self.graph.nodes):  # those that no convolution has taken
+            if node.op == "call_module" and patterns.is_norm(self.modules[node.target]):
+                reason = patterns.why_not_norm(node, self.modules[node.target])
+                self._fuse(node, self._norm, reason)
         for node in self.graph.nodes:
             if node not in self.entries:
                 self._enter_single(node)
         return [self.entries[node] for node in self.graph.nodes if node in self.entries]
+
+    def _fuse(self, node, first, reason):
+        group = Group([node], node)
+        if not reason:
+            reason = first(group, node) or self._grow(group)
+        if len(group.words) > 1:
+            self._replace(group)
+        else:
+            became, other = whose(self.modules[node.target])
+            self._enter(node, node, became, other or reason)
 
     def _enter(self, place, node, became, reason):
         layer = type(self.modules[node.target]).__name__
@@ -89,13 +100,8 @@ class Grouping:
             self.entries[node] = Entry(node.name, f"F.{name}", f"functional.{name}", reason)
         elif node.op == "call_module":
             module = self.modules[node.target]
-            reason = ""
-            if patterns.is_norm(module):
-                alone = "reads no convolution of its own"
-                reason = patterns.why_not_norm(module, None) or alone
-            if isinstance(module, LAYERS) or patterns.is_norm(module):
-                became, other = whose(module)
-                self._enter(node, node, became, other or reason)
+            if isinstance(module, LAYERS):
+                self._enter(node, node, *whose(module))
 
     def _next(self, group):
         """The node that alone reads the group's result, past those that hand it on; None, with the
@@ -116,14 +122,14 @@ class Grouping:
             return user
 
     def _followed_by(self, group, user):
-        if type(self.modules.get(user.target)) is FusedConv2d:
+        if isinstance(self.modules.get(user.target), (FusedConv2d, FusedBatchNorm2d)):
             host = self.entries[user].name
             added = user.args[0] is not group.tail
             return f"added in the kernel of {host}" if added else f"followed by {host}"
         return f"followed by {patterns.label(user, self.modules)}"
 
-    def _grow(self, node):
-        group = Group([node], node, self.modules[node.target])
+    def _grow(self, group):
+        """Takes in what follows; returns why it ends where it does, as ``group.stop``."""
         for step in (self._norm, self._addition, self._activation, self._pool):
             user = self._next(group)
             reason = step(group, user) if user is not None else ""
@@ -133,20 +139,28 @@ class Grouping:
                 group.stop = ""  # no kernel does more
             if reason or user is None:
                 break
-        return group
+        return group.stop
 
     # Each step takes the next node into the group if it is of its kind. What it returns is why the
     # group must end before it; empty where a later step may still take the node.
 
+    def _conv(self, group, node):
+        group.conv = self.modules[node.target]
+        group.words.append("Conv")
+        return ""
+
     def _norm(self, group, user):
-        if user.op != "call_module" or not patterns.is_norm(self.modules[user.target]):
+        is_norm = user.op == "call_module" and patterns.is_norm(self.modules[user.target])
+        if not is_norm or group.bn is not None:
             return ""
         bn = self.modules[user.target]
-        reason = patterns.why_not_norm(bn, group.conv.out_channels)
+        channels = None if group.conv is None else group.conv.out_channels
+        reason = patterns.why_not_norm(user, bn, channels)
         if reason:
             return reason
+        if user is not group.tail:
+            group.nodes.append(user)
         group.bn = bn
-        group.nodes.append(user)
         group.words.append("BN")
         self._activate(group, patterns.norm_parts(bn)[0])
         return ""
@@ -171,8 +185,8 @@ class Grouping:
         return ""
 
     def _changed_between(self, group, user):
-        """The node that changes the convolution's input between the convolution and the addition,
-        where the kernel would run, or None."""
+        """The node that changes the group's input before the addition, where the kernel would run,
+        or None."""
         memory = patterns.origins(group.nodes[0].args[0], self.modules)
         node = group.nodes[0].next
         while node is not user:
@@ -215,9 +229,12 @@ class Grouping:
         """One node in place of the group's."""
         first = group.nodes[0]
         name = first.target.replace(".", "_")
-        while name in self.parts:  # a convolution that is called twice
+        while name in self.parts:  # a layer that is called twice
             name += "_"
-        part = FusedConv2d(group.conv, group.bn, group.activation, group.pool)
+        if group.conv is None:
+            part = FusedBatchNorm2d(group.bn, group.activation)
+        else:
+            part = FusedConv2d(group.conv, group.bn, group.activation, group.pool)
         self.parts[name] = part
         target = f"parts.{name}"
         self.modules[target] = part

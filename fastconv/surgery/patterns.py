@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fastconv import functional
 from fastconv.modules import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, Conv2d, MaxPool2d
-from fastconv.modules.inference import FusedConv2d
+from fastconv.modules.inference import FusedBatchNorm2d, FusedConv2d
 from fastconv.surgery.tracing import has_hooks
 
 CONVOLUTIONS = (nn.Conv2d, Conv2d)
@@ -64,7 +64,7 @@ FRESH_MODULES = (
     *NORMS,
     *MAX_POOLS,
     *(nn.AvgPool2d, AvgPool2d, nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d),
-    *(nn.Linear, nn.ConvTranspose2d, FusedConv2d),
+    *(nn.Linear, nn.ConvTranspose2d, FusedConv2d, FusedBatchNorm2d),
 )
 FRESH_FUNCTIONS = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat),
@@ -159,8 +159,10 @@ def norm_parts(module):
     return name, "" if name else f"{type(module.act).__name__} is in no kernel"
 
 
-def why_not_norm(module, channels):
-    """Why a BatchNorm cannot be folded into a convolution of so many filters; empty if it can."""
+def why_not_norm(node, module, channels=None):
+    """Why a BatchNorm cannot be fused, behind a convolution of so many filters; empty if it can."""
+    if len(node.args) != 1 or node.kwargs:
+        return "BatchNorm is not called with one positional argument"
     if has_hooks(module):
         return "BatchNorm has hooks"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:

@@ -85,8 +85,9 @@ def report(model):
 
 def whose(module):
     """What a layer runs as, "" where that is not fastconv's, and why not."""
-    if isinstance(module, OURS):
-        return type(module).__name__, ""
+    ours = next((cls for cls in OURS if isinstance(module, cls)), None)
+    if ours is not None:
+        return ours.__name__, "" if type(module) is ours else "parametrized, or a subclass"
     if type(module) in LAYERS:
         return "", "not converted"
     base = next((cls for cls in LAYERS if isinstance(module, cls)), None)
