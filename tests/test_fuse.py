@@ -150,6 +150,15 @@ def test_adding_to_the_residual_in_place_changes_it():
     assert "in place to a tensor" in reason(Net(body))
 
 
+def test_adding_in_place_to_what_nobody_else_reads():
+    def body(m, x):
+        y = m.conv2(x) * 2
+        y += m.bn(m.conv(x))
+        return m.relu(y)
+
+    check(Net(body), exactly={"conv": "Conv-BN-add-ReLU"})
+
+
 def test_an_input_changed_in_place_is_changed():
     def body(m, x):
         other_name = x
@@ -240,7 +249,11 @@ def test_results_that_are_used_elsewhere_too(where):
         kept = {"convolution": a, "norm": b, "addition": c}[where]
         return F.relu(c), kept * 2
 
-    wanted = {"convolution": {"bn": "BN-add-ReLU"}, "norm": {"conv": "Conv-BN"}, "addition": {"conv": "Conv-BN-add"}}
+    wanted = {
+        "convolution": {"bn": "BN-add-ReLU"},
+        "norm": {"conv": "Conv-BN"},
+        "addition": {"conv": "Conv-BN-add"},
+    }
     check(Net(body), exactly=wanted[where])
     assert reason(Net(body)) == "its output is read 2 times"
 

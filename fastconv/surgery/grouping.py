@@ -84,7 +84,7 @@ class Grouping:
             self._replace(group)
         else:
             became, other = whose(self.modules[node.target])
-            self._enter(node, node, became, other or reason)
+            self._enter(node, node, became, reason or other)
 
     def _enter(self, place, node, became, reason):
         layer = type(self.modules[node.target]).__name__
@@ -173,7 +173,8 @@ class Grouping:
         if first is second:
             return "it is added to itself"
         residual = second if first is group.tail else first
-        if first is residual and patterns.is_in_place_addition(user):
+        alone = list(residual.users) == [user] and patterns.is_fresh(residual, self.modules)
+        if first is residual and patterns.is_in_place_addition(user) and not alone:
             return "it is added in place to a tensor that may be read elsewhere"
         changed = self._changed_between(group, user)
         if changed is not None:

@@ -224,13 +224,14 @@ def origins(node, modules, found=None):
     if node in found:
         return found
     found.add("outside" if node.op in ("placeholder", "get_attr") else node)
-    if not _is_fresh(node, modules):
+    if not is_fresh(node, modules):
         for source in node.all_input_nodes:
             origins(source, modules, found)
     return found
 
 
-def _is_fresh(node, modules):
+def is_fresh(node, modules):
+    """Whether a node's tensor is surely new memory."""
     what = kind(node, modules)
     if node.op == "call_module":
         if activation(node, modules):
