@@ -187,3 +187,45 @@ def test_fused_it_computes_the_same(network):
     support.coverage["networks fused: outputs the same"] += 1
     support.coverage["networks fused: kernels of several layers"] += len(found.fused)
     support.coverage["networks fused: convolutions left alone"] += len(alone)
+
+
+def same_when_fused(model, images):
+    """fuse keeps the outputs; returns its report."""
+    fused = fastconv.fuse(model.eval())
+    with torch.inference_mode():
+        assert relative_error(fused(images), model(images)) < 1e-4
+    return surgery.report(fused)
+
+
+def test_frozen_norms_are_folded(one_thread):
+    frozen = zoo.torchvision.ops.FrozenBatchNorm2d
+    model = zoo.torchvision.models.resnet18(num_classes=10, norm_layer=frozen)
+    randomise(model)
+    found = same_when_fused(model, torch.randn(2, 3, 32, 32))
+    assert found.counts["Conv-BN-ReLU"] == 9 and found.counts["Conv-BN-add-ReLU"] == 8
+
+
+def test_lists_of_features(one_thread):
+    model = zoo.timm.create_model("test_resnet", features_only=True)
+    randomise(model)
+    assert len(same_when_fused(model, torch.randn(2, 3, 32, 32)).fused) == 15
+
+
+def test_a_whole_detector_is_fused_inside(one_thread):
+    """It takes a list of images: torch.fx traces no more than its parts."""
+    network = Network("tv:fasterrcnn_mobilenet_v3_large_fpn", 48, 54, 12, HEADLESS)
+    model = network.build().eval()
+    fused = fastconv.fuse(model)
+    found, images = surgery.report(fused), network.images()
+    assert len([e for e in found.fused if e.name.startswith("backbone.")]) >= network.fused
+    with torch.inference_mode():
+        assert relative_error(fused.backbone(images), model.backbone(images)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tv:resnet18", "tv:deeplabv3_mobilenet_v3_large"])
+def test_a_fused_network_still_trains(name, one_thread):
+    model = next(network for network in NETWORKS if network.name == name).build()
+    fused = fastconv.fuse(model).double().train()
+    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    wanted, got = (loss_and_gradients(m, images) for m in (model.double().train(), fused))
+    assert (got - wanted).norm() < 1e-6 * wanted.norm()

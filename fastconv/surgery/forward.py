@@ -51,7 +51,7 @@ class FusedForward:
 
     def __init__(self, owner, graph, parts, fixed, arguments):
         self.owner = owner
-        self.parts = nn.ModuleDict(parts).eval()
+        self.parts = nn.ModuleDict(parts)
         self.fixed = fixed
         self.arguments = arguments
         code = graph.python_code("self")

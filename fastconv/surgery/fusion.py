@@ -71,21 +71,22 @@ class _Fuser:
         if module in self.seen or isinstance(module, tracing.LAYERS):
             return
         self.seen.add(module)
+        tracer = tracing.Tracer()
         reason = tracing.why_not_to_trace(module)
         if not reason:
             try:
-                self._fuse_traced(module)
-                return
+                graph = tracer.trace(module)
             except Exception as error:  # whatever a forward raises when it meets a proxy
                 reason = tracing.one_line(error)
+            else:
+                self._fuse_traced(module, tracer, graph)
+                return
         if type(module).forward is not nn.Module.forward:  # a ModuleList has none
             self.reasons[module] = reason
         for child in module.children():
             self._fuse(child)
 
-    def _fuse_traced(self, module):
-        tracer = tracing.Tracer()
-        graph = tracer.trace(module)
+    def _fuse_traced(self, module, tracer, graph):
         modules = dict(module.named_modules())
         self.reasons.update(tracer.opaque)
         called = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
