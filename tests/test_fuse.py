@@ -659,6 +659,12 @@ def test_unbatched_images():
     check(Net(lambda m, x: m.relu(m.conv2(m.relu(m.conv(x))) + x)), image()[0])
 
 
+def test_names_of_layers_are_free():
+    """Such names are methods of torch.nn's containers."""
+    layers = OrderedDict(keys=conv(), items=bn(), type_=nn.ReLU(), values=conv(), a_b=nn.SiLU())
+    check(nn.Sequential(layers), exactly={"keys": "Conv-BN-ReLU", "values": "Conv-SiLU"})
+
+
 def test_torch_compile():
     net, x = model(), pictures()
     fused = fastconv.fuse(net)

@@ -52,7 +52,7 @@ class FusedForward:
     def __init__(self, owner, graph, parts, fixed, arguments):
         self.owner = owner
         self.parts = nn.ModuleDict(parts)
-        self.fixed = fixed
+        self.fixed = list(dict.fromkeys(fixed))
         self.arguments = arguments
         code = graph.python_code("self")
         self.source = code.src

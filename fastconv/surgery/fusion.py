@@ -81,7 +81,7 @@ class _Fuser:
             else:
                 self._fuse_traced(module, tracer, graph)
                 return
-        if type(module).forward is not nn.Module.forward:  # a ModuleList has none
+        if type(module) not in (nn.ModuleList, nn.ModuleDict):  # they have no forward
             self.reasons[module] = reason
         for child in module.children():
             self._fuse(child)

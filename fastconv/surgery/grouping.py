@@ -229,7 +229,7 @@ class Grouping:
     def _replace(self, group):
         """One node in place of the group's."""
         first = group.nodes[0]
-        name = first.target.replace(".", "_")
+        name = "fused_" + first.target.replace(".", "_")
         while name in self.parts:  # a layer that is called twice
             name += "_"
         if group.conv is None:

@@ -9,14 +9,11 @@ from torch import fx, nn
 from fastconv import functional
 from fastconv.modules import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, Conv2d, MaxPool2d
 from fastconv.modules.inference import FusedBatchNorm2d, FusedConv2d
-from fastconv.surgery.tracing import has_hooks
+from fastconv.surgery.tracing import BATCH_NORM_ACT, FOREIGN_NORMS, full_name, has_hooks
 
 CONVOLUTIONS = (nn.Conv2d, Conv2d)
 NORMS = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm)
 MAX_POOLS = (nn.MaxPool2d, MaxPool2d)
-# Classes of other libraries that are a BatchNorm of fixed statistics, by name: nobody else has to
-# install them. timm's holds a dropout and an activation that come after.
-FOREIGN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
 
 ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -46,6 +43,7 @@ ADDITIONS = (operator.add, torch.add, "add")
 ADDITIONS_IN_PLACE = (operator.iadd, "add_", "__iadd__")
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 
 # Calls of torch's functions that have a kernel of fastconv.
@@ -122,8 +120,7 @@ def is_identity(node, modules):
     if what in DROPOUT_FUNCTIONS:
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         return training is False
-    home = f"{getattr(what, '__module__', '')}.{getattr(what, '__name__', '')}"
-    if home == "torchvision.ops.stochastic_depth.stochastic_depth":
+    if full_name(what) == STOCHASTIC_DEPTH:
         training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training", True)
         return training is False
     return False
@@ -140,16 +137,12 @@ def has_modes(module):
 
 
 def is_norm(module):
-    return type(module) in NORMS or foreign_name(module) in FOREIGN_NORMS
-
-
-def foreign_name(module):
-    return f"{type(module).__module__}.{type(module).__name__}"
+    return type(module) in NORMS or full_name(type(module)) in FOREIGN_NORMS
 
 
 def norm_parts(module):
     """(activation's name or None, reason or "") of a BatchNorm that may hold one."""
-    if foreign_name(module) != "timm.layers.norm_act.BatchNormAct2d":
+    if full_name(type(module)) != BATCH_NORM_ACT:
         return None, ""
     if not does_nothing(module.drop):
         return None, f"drops by {type(module.drop).__name__}"

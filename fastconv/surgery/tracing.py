@@ -17,6 +17,10 @@ from fastconv.surgery.forward import Arguments
 
 # Their subclasses are called, not looked into: they stand for one operation.
 LAYERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, _BatchNorm)
+# Classes of other libraries that are a BatchNorm of fixed statistics, by name: nobody else has to
+# install them. timm's holds a dropout and an activation that come after.
+BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
+FOREIGN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d", BATCH_NORM_ACT)
 # torch.fx's names of what is no tensor.
 SIZES = ("size", "dim", "numel", "stride", "item", "tolist", "get_device", "element_size")
 
@@ -94,7 +98,7 @@ class Tracer(fx.Tracer):
         return root_fn, [self.root, *(self.create_proxy("placeholder", n, (), {}) for n in names)]
 
     def is_leaf_module(self, m, module_qualified_name):
-        return isinstance(m, LAYERS) or _is_torchs(m)  # parametrize's classes are torch.nn's
+        return _is_layer(m)
 
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)
@@ -155,7 +159,7 @@ def why_not_to_look_into(module, root=None):
         return "compiled by TorchScript"
     if "forward" in vars(module):
         return "its forward has been replaced"
-    if isinstance(module, LAYERS) or _is_torchs(module):
+    if _is_layer(module):
         return ""  # a leaf in any case
     if has_hooks(module):
         return "has hooks"
@@ -193,8 +197,15 @@ def one_line(error):
     return f"torch.fx: {text}" if not isinstance(error, Untraceable) else text
 
 
-def _is_torchs(module):
-    home = ("torch.nn.", "torch.ao.", "fastconv.modules.")
+def full_name(what):
+    """Of a class or function; of anything else, nothing that one could have."""
+    return f"{getattr(what, '__module__', '')}.{getattr(what, '__name__', '')}"
+
+
+def _is_layer(module):
+    if isinstance(module, LAYERS) or full_name(type(module)) in FOREIGN_NORMS:
+        return True
+    home = ("torch.nn.", "torch.ao.", "fastconv.modules.")  # parametrize's classes are torch.nn's
     return type(module).__module__.startswith(home) and not isinstance(module, nn.Sequential)
 
 
