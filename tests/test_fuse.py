@@ -431,6 +431,35 @@ def test_models_that_cannot_be_traced_are_fused_inside(sign):
     check(inside, sign * image().abs(), exactly=wanted)
 
 
+class GivesUp(nn.Module):
+    """Reads its weight and hands a value on, then branches on its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x, kept=None):
+        y = x * self.weight
+        if kept is not None:
+            kept.append(y)
+        return y if y.sum() > 0 else -y
+
+
+def test_what_a_forward_left_before_it_was_given_up():
+    def weight(m, x):
+        return m.relu(m.conv(m.odd(x) * m.odd.weight))
+
+    check(Net(weight, odd=GivesUp()), exactly={"conv": "Conv-ReLU"})
+
+    def listed(m, x):
+        kept = []
+        y = m.stem(m.odd(x, kept))
+        return y + kept[0]
+
+    stem = nn.Sequential(conv(), nn.ReLU())
+    check(Net(listed, odd=GivesUp(), stem=stem), exactly={"stem.0": "Conv-ReLU"})
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()

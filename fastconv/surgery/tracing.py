@@ -78,8 +78,13 @@ class Tracer(fx.Tracer):
             changed = _restore(root, before)
         if changed:
             raise Untraceable(f"its forward changes its own {changed}")
+        graph.lint()  # a forward that was given up may have left its values in somebody's list
         self.through.append(root)
         return graph
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        # No cache: the node that it remembers may have been erased with a forward given up.
+        return super().getattr(attr, attr_val, {})
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """Proxies for the arguments that must be given; the others have the values they default to,
@@ -215,7 +220,9 @@ def _is_tensor(node):
     if node.op == "call_method":
         return node.target not in SIZES
     if node.op == "call_function" and node.target.__module__ in ("_operator", "math", "builtins"):
-        return node.target is not getattr and any(a.meta["tensor"] for a in node.all_input_nodes)
+        return node.target is not getattr and any(
+            a.meta.get("tensor") for a in node.all_input_nodes
+        )
     return True
 
 
