@@ -7,7 +7,7 @@ Use ``fastconv.Conv2d`` in place of ``torch.nn.Conv2d`` (and ``MaxPool2d``, ``Av
 
 import warnings
 
-from fastconv import autotuning, emulator, functional, models
+from fastconv import autotuning, emulator, functional, models, surgery
 from fastconv._extension import ExtensionWarning, available, explanation
 from fastconv._version import __version__
 from fastconv.autotuning import autotune
@@ -20,6 +20,7 @@ from fastconv.modules import (
     MaxPool2d,
 )
 from fastconv.selection import allow_fallback, backend, explain, kernel, kernels
+from fastconv.surgery import convert, fuse, revert
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -32,12 +33,16 @@ __all__ = [
     "allow_fallback",
     "autotune",
     "backend",
+    "convert",
     "emulator",
     "explain",
     "functional",
+    "fuse",
     "kernel",
     "kernels",
     "models",
+    "revert",
+    "surgery",
 ]
 
 if available:

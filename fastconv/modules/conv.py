@@ -24,10 +24,14 @@ class Conv2d(nn.Conv2d):
             raise ValueError(f"{error}, but got Conv2d({', '.join(given)})") from None
 
     def _conv_forward(self, input, weight, bias):
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+        input, padding = padded(self, input)
         return functional.conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups
         )
+
+
+def padded(conv, input):
+    """The input, and the padding that is left to the kernel: only zeros are."""
+    if conv.padding_mode == "zeros":
+        return input, conv.padding
+    return F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)

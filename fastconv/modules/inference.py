@@ -1,0 +1,148 @@
+"""The layers that fuse() makes: a convolution or BatchNorm and what follows it, of modules that
+exist."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastconv import functional
+from fastconv.modules.conv import padded
+
+
+class FusedConv2d(nn.Module):
+    """pool(activation(bn(conv(input)) + residual)) in evaluation, of a model's own modules.
+
+    ``conv`` and ``bn`` are the model's, not copies: their parameters are read at each call, and
+    BatchNorm's scale and shift are computed from them. As in ``functional.conv_bn_relu`` it is one
+    kernel where no gradient is asked for, else its differentiable parts.
+
+    Args:
+        conv: a Conv2d.
+        bn: what holds running_mean, running_var, weight, bias and eps, or None.
+        activation: a name as of :class:`fastconv.ConvBNReLU2d`, or None.
+        pool: a MaxPool2d, where there is neither BatchNorm nor a residual, or None.
+    """
+
+    def __init__(self, conv, bn=None, activation=None, pool=None):
+        super().__init__()
+        self.conv, self.bn, self.pool = conv, bn, pool
+        self.activation = functional.activation_name(activation)
+
+    def forward(self, input, residual=None):
+        conv = self.conv
+        weight, stride, dilation = conv.weight, conv.stride, conv.dilation
+        input, padding = padded(conv, input)
+        input, padding = functional.resolve_padding(input, weight, stride, padding, dilation)
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        if self.pool is not None:
+            return self._pooled(input, weight, geometry)
+        if residual is None or _fits(residual, input, weight, **geometry):
+            return self._folded(input, weight, geometry, residual, self.activation)
+        z = self._folded(input, weight, geometry, None, None)
+        return _add_apart(z, residual, self.activation)
+
+    def _folded(self, input, weight, geometry, residual, activation):
+        bn = self.bn
+        if bn is not None:
+            statistics = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        else:  # the operator wants statistics: the identity's
+            K = weight.shape[0]
+            statistics = (weight.new_zeros(K), weight.new_ones(K), None, None)
+        return functional.conv_bn_relu(
+            input,
+            weight,
+            self.conv.bias,
+            *statistics,
+            residual=residual,
+            eps=0.0 if bn is None else bn.eps,
+            groups=self.conv.groups,
+            activation=activation,
+            **geometry,
+        )
+
+    def _pooled(self, input, weight, geometry):
+        pool = self.pool
+        return functional.conv2d_max_pool2d(
+            input,
+            weight,
+            self.conv.bias,
+            groups=self.conv.groups,
+            activation=self.activation,
+            pool_kernel_size=pool.kernel_size,
+            pool_stride=pool.stride,
+            pool_padding=pool.padding,
+            **geometry,
+        )
+
+    def extra_repr(self):
+        return f"activation={self.activation!r}"
+
+
+class FusedBatchNorm2d(nn.Module):
+    """activation(bn(input) + residual) in evaluation, of a model's own BatchNorm, as one kernel.
+
+    Args:
+        bn: what holds running_mean, running_var, weight, bias and eps.
+        activation: as of :class:`FusedConv2d`.
+    """
+
+    def __init__(self, bn, activation=None):
+        super().__init__()
+        self.bn = bn
+        self.activation = functional.activation_name(activation)
+
+    def forward(self, input, residual=None):
+        if residual is None or _matches(residual, input, input.shape, input.dtype):
+            return self._normalised(input, residual, self.activation)
+        return _add_apart(self._normalised(input, None, None), residual, self.activation)
+
+    def _normalised(self, input, residual, activation):
+        bn = self.bn
+        return functional.batch_norm_relu(
+            input,
+            bn.running_mean,
+            bn.running_var,
+            bn.weight,
+            bn.bias,
+            residual=residual,
+            eps=bn.eps,
+            activation=activation,
+        )
+
+    def extra_repr(self):
+        return f"activation={self.activation!r}"
+
+
+def _add_apart(z, residual, activation):
+    """For residuals that are broadcast, of another dtype, or numbers: the kernels add element to
+    element only."""
+    z = z + residual
+    return z if activation == "none" else getattr(F, activation)(z)
+
+
+def _matches(residual, input, shape, dtype):
+    return (
+        isinstance(residual, Tensor)
+        and residual.device == input.device
+        and residual.shape == shape
+        and residual.dtype == dtype
+    )
+
+
+def _fits(residual, input, weight, stride, padding, dilation):
+    """Whether a residual is of the convolution's output's size, dtype and device."""
+    output = [
+        (size + 2 * p - d * (window - 1) - 1) // s + 1
+        for size, window, s, p, d in zip(
+            input.shape[-2:], weight.shape[-2:], stride, padding, dilation, strict=True
+        )
+    ]
+    shape = (*input.shape[:-3], weight.shape[0], *output)
+    return _matches(residual, input, shape, _output_dtype(input))
+
+
+def _output_dtype(input):
+    device = input.device.type
+    if input.dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype

@@ -1,0 +1,125 @@
+"""The fused forward of a module: code written by torch.fx, kept beside the module's own.
+
+It is set on the instance, so that the module keeps its class, its tree, its state_dict keys, its
+other methods and its hooks. The code reaches every layer and tensor through the module at each
+call: what ``.to()``, ``load_state_dict`` or an assignment changes, it sees.
+"""
+
+import importlib
+import types
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+
+@dataclass
+class Arguments:
+    """The arguments of a forward.
+
+    Attributes:
+        positional: the names of those that may be given by position.
+        required: the names of those that must be given: the graph takes them.
+        defaults: the others, and the values that the graph was traced with.
+    """
+
+    positional: list = field(default_factory=list)
+    required: list = field(default_factory=list)
+    defaults: dict = field(default_factory=dict)
+
+    def bind(self, args, kwargs):
+        """The arguments of a call by name; None where it is not the call that was traced."""
+        given = dict(zip(self.positional, args, strict=False))
+        if len(args) > len(self.positional) or given.keys() & kwargs.keys():
+            return None  # the owner's forward says what is wrong
+        given.update(kwargs)
+        for name, value in given.items():
+            if name not in self.required and value is not self.defaults.get(name, self):
+                return None
+        return given if all(name in given for name in self.required) else None
+
+
+class FusedForward:
+    """Calls the fused code where it stands for the module's own, else the module's own.
+
+    Args:
+        owner: the module whose forward this is.
+        graph: what to compute. Targets begin with "owner." or "parts.".
+        parts: the fused layers by name.
+        fixed: modules whose evaluation mode the graph takes for granted.
+        arguments: those of the owner's forward, as the tracer found them.
+    """
+
+    def __init__(self, owner, graph, parts, fixed, arguments):
+        self.owner = owner
+        self.parts = nn.ModuleDict(parts)
+        self.fixed = list(dict.fromkeys(fixed))
+        self.arguments = arguments
+        code = graph.python_code("self")
+        self.source = code.src
+        self.names = dict(code.globals)
+        self._compile()
+
+    def _compile(self):
+        namespace = dict(self.names)
+        exec(compile(self.source, f"<fused {type(self.owner).__name__}>", "exec"), namespace)
+        self.function = namespace["forward"]
+
+    def __getstate__(self):
+        # A function made by exec cannot be pickled, nor can a module of Python.
+        state = {k: v for k, v in vars(self).items() if k != "function"}
+        state["names"] = {
+            name: _Import(value.__name__) if isinstance(value, types.ModuleType) else value
+            for name, value in self.names.items()
+        }
+        return state
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.names = {
+            name: value.load() if isinstance(value, _Import) else value
+            for name, value in self.names.items()
+        }
+        self._compile()
+
+    def forward(self, *args, **kwargs):
+        values = self._values(args, kwargs)
+        if values is None:
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        return self.function(self, *values)
+
+    def _values(self, args, kwargs):
+        """The graph's arguments; None where the call is not the one that was traced."""
+        for module in self.fixed:
+            if module.training:
+                return None
+        for value in args:
+            if isinstance(value, fx.Proxy):  # somebody else traces: our owner's code says more
+                return None
+        required = self.arguments.required
+        if not kwargs and len(args) == len(required):
+            return args
+        given = self.arguments.bind(args, kwargs)
+        return None if given is None else [given[name] for name in required]
+
+
+class _Import:
+    """A module of Python, by name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def load(self):
+        return importlib.import_module(self.name)
+
+
+def install(module, made):
+    # On the instance, where calls look before the class. A method, as torch.export expects.
+    vars(module)["forward"] = made.forward
+
+
+def remove(model):
+    """Takes every fused forward off again."""
+    for module in model.modules():
+        set_here = vars(module).get("forward")
+        if isinstance(getattr(set_here, "__self__", None), FusedForward):
+            del module.forward
