@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_rows_kernel(const NormPar
     for (int e = 0; e < kVector; ++e) k[e].load(t, c0 + e);
     const int64_t begin = part.quotient * t.rows_of_block;
     const int64_t end = min(begin + t.rows_of_block, t.extent);
-#pragma unroll(kTail == Tail::kAny ? 1 : 2)
+#pragma unroll 1
     for (int64_t row = begin + row_lane; row < end; row += rows) {
       second_step<T, kVector, kDgrad, kTail>(t, row * t.C + c0,
                                              [&](int e) -> const auto& { return k[e]; });

@@ -97,10 +97,9 @@ struct Coefficients {
 
   __device__ void load(const NormParams& t, int c) {
     if (t.coefficients != nullptr) {
-      const A* k = static_cast<const A*>(t.coefficients) + c;
-      mean = k[0];
-      scale = k[int64_t{t.C}];
-      shift = k[int64_t{t.C} * 2];
+      mean = static_cast<const A*>(t.coefficients)[c];
+      scale = static_cast<const A*>(t.coefficients)[int64_t{t.C} + c];
+      shift = static_cast<const A*>(t.coefficients)[int64_t{t.C} * 2 + c];
     } else {
       mean = static_cast<const A*>(t.mean_in)[c];
       scale = scale_of(t, c, static_cast<const A*>(t.var_in)[c]);
