@@ -29,7 +29,7 @@ constexpr int kThreads = kNormThreads;
 
 // Rows: a thread keeps its channels' coefficients over several rows.
 template <class T, int kVector, bool kDgrad, Tail kTail>
-__global__ void __launch_bounds__(kThreads) batch_norm_rows_kernel(const NormParams t) {
+__global__ void __launch_bounds__(kThreads, kFewest<T, kTail>) batch_norm_rows_kernel(const NormParams t) {
   const int lanes = 1 << t.lanes_log2, rows = kThreads >> t.lanes_log2;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int row_lane = static_cast<int>(threadIdx.x) >> t.lanes_log2;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_rows_kernel(const NormPar
 // next one: its elements then go one by one, from L1, as those of a last pack that is not full.
 // Planes are no smaller than a pack, so that none spans three.
 template <class T, int kVector, bool kDgrad, Tail kTail>
-__global__ void __launch_bounds__(kThreads, kTail == Tail::kAny ? 4 : 0)
+__global__ void __launch_bounds__(kThreads, kTail == Tail::kNone ? 0 : 4)
     batch_norm_planes_kernel(const NormParams t) {
   const int64_t elements = t.extent * t.C;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < t.blocks;
@@ -84,21 +84,18 @@ __global__ void __launch_bounds__(kThreads, kTail == Tail::kAny ? 4 : 0)
 
 // ---- Launches ------------------------------------------------------------------------------
 
-// Whether dgrad reads the derivative off fprop's output. Without an activation it is 1 anyhow, and
-// neither z nor the output matters.
-bool reads_output(const BatchNormProblem& p, const BatchNormArgs& a) {
-  return a.grad != nullptr && a.output != nullptr && derivative_from_output(p.activation);
-}
-
 NormParams parameters_of(const BatchNormProblem& p, const BatchNormArgs& a,
                          const BatchNormPlan& plan, int vector) {
   NormParams t = {};
   t.input = a.input;
   t.grad = a.grad;
-  t.from_output = reads_output(p, a);
-  t.beside = t.from_output                                            ? a.output
-             : a.grad == nullptr || p.activation != Activation::kNone ? a.residual
-                                                                      : nullptr;
+  const bool activates = p.activation != Activation::kNone;
+  t.beside = a.residual;
+  if (a.grad != nullptr) {
+    // Without an activation the derivative is 1, and neither z nor the output matters.
+    t.from_output = !activates || (a.output != nullptr && derivative_from_output(p.activation));
+    t.beside = !activates ? nullptr : t.from_output ? a.output : a.residual;
+  }
   t.weight = a.weight;
   t.bias = a.bias;
   t.mean_in = a.mean_in;
@@ -196,10 +193,10 @@ void launch(const BatchNormProblem& p, const BatchNormArgs& a, const Context& co
   if (p.elements() == 0) return;
   const char* name = kDgrad ? kDgradName : kFpropName;
   const BatchNormPlan plan(p);
-  const bool relu = p.activation == Activation::kReLU && (!kDgrad || reads_output(p, a));
-  const bool activates = p.activation != Activation::kNone;
   const bool residual = (kDgrad ? a.grad_residual : a.residual) != nullptr;
-  const Tail active = relu ? Tail::kReLU : activates ? Tail::kAny : Tail::kNone;
+  const Tail tail = p.activation == Activation::kReLU               ? Tail::kReLU
+                    : p.activation != Activation::kNone || residual ? Tail::kAny
+                                                                    : Tail::kNone;
   dispatch_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kPack = kPackSize<T>;
@@ -210,24 +207,19 @@ void launch(const BatchNormProblem& p, const BatchNormArgs& a, const Context& co
       aligned = aligned && is_aligned(tensor, kPackBytes);
     }
     const bool whole = aligned && (plan.by_rows ? plan.C : plan.HW) % kPack == 0;
-    if constexpr (kDgrad) {
-      dispatch<kPack>(whole, active, [&](auto vector, auto tail) {
-        const NormParams t = parameters_of(p, a, plan, vector);
-        launch_sums<T, vector, true, tail>(name, plan, t, context.stream);
-      });
-    } else if (p.training) {
-      dispatch<kPack>(whole, Tail::kNone, [&](auto vector, auto) {
-        const NormParams t = parameters_of(p, a, plan, vector);
-        launch_sums<T, vector, false, Tail::kNone>(name, plan, t, context.stream);
-      });
-    }
-    if (a.out == nullptr && a.grad_residual == nullptr) return;
-    const Tail tail = active == Tail::kNone && residual ? Tail::kAny : active;
     const bool packs = plan.by_rows ? whole : aligned && plan.HW >= kPack;
-    dispatch<kPack>(packs, tail, [&](auto vector, auto tail) {
+    const auto sums = [&](auto vector, auto tail) {
       const NormParams t = parameters_of(p, a, plan, vector);
+      launch_sums<T, vector, kDgrad, kDgrad ? tail : Tail::kNone>(name, plan, t, context.stream);
+    };
+    const auto elements = [&](auto vector, auto tail) {
+      NormParams t = parameters_of(p, a, plan, vector);
+      if (a.grad_residual != nullptr) t.grad = a.grad_residual;  // dz already
       launch_second_step<T, vector, kDgrad, tail>(name, plan, t, context.stream);
-    });
+    };
+    if (kDgrad || p.training) dispatch<kPack>(whole, kDgrad ? tail : Tail::kNone, sums);
+    if (a.out == nullptr) return;
+    dispatch<kPack>(packs, a.grad_residual != nullptr ? Tail::kNone : tail, elements);
   });
 }
 

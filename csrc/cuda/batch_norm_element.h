@@ -18,7 +18,7 @@ struct NormParams {
   // The one tensor that may lie beside them, or null: the residual, or what `from_output` says.
   const void* beside;
   const void *weight, *bias, *mean_in, *var_in;  // accumulator's type, as the rest
-  void *out, *grad_residual;                     // dgrad: either may be null
+  void *out, *grad_residual;                     // grad_residual: first step, may be null
   void *mean_out, *var_out, *grad_weight, *grad_bias;
   void *first, *second, *pivot, *coefficients;  // workspace; no coefficients: from mean_in, var_in
   int64_t extent, per_slice;                    // BatchNormPlan's
@@ -37,11 +37,7 @@ struct NormParams {
 
 // What follows the normalisation, as far as a kernel is compiled for it: without anything it costs
 // nothing, ReLU is what networks have, and the rest is told apart at run time.
-enum class Tail : uint8_t {
-  kNone,
-  kReLU,  // dgrad: from the output
-  kAny
-};
+enum class Tail : uint8_t { kNone, kReLU, kAny };
 
 template <class A>
 __device__ inline A channel_value(const void* values, int c, A when_null) {
@@ -55,37 +51,31 @@ __device__ inline A scale_of(const NormParams& t, int c, A var) {
   return channel_value<A>(t.weight, c, A(1)) / std::sqrt(var + static_cast<A>(t.eps));
 }
 
+template <Tail kTail>
+__device__ inline Activation activation_of(const NormParams& t) {
+  return kTail == Tail::kReLU ? Activation::kReLU : t.activation;
+}
+
 // dz = grad * activation'(z) of one channel; `centred` is x - mean.
 template <class A, Tail kTail>
 struct Derivative {
   A scale, shift;  // of z, where it is computed again
 
   __device__ void load(const NormParams& t, int c) {
-    if constexpr (kTail == Tail::kAny) {
-      if (t.from_output) return;
-      scale = scale_of(t, c, static_cast<const A*>(t.var_in)[c]);
-      shift = channel_value<A>(t.bias, c, A(0));
-    }
+    if (kTail == Tail::kNone || t.from_output) return;
+    scale = scale_of(t, c, static_cast<const A*>(t.var_in)[c]);
+    shift = channel_value<A>(t.bias, c, A(0));
   }
-  __device__ A at([[maybe_unused]] const NormParams& t, [[maybe_unused]] A centred, A dy,
-                  [[maybe_unused]] A beside) const {
-    if constexpr (kTail == Tail::kNone) {
-      return dy;
-    } else if constexpr (kTail == Tail::kReLU) {
-      return behind(dy, activation_derivative(beside, Activation::kReLU, A(0)));
-    } else {
-      A z = beside;
-      if (!t.from_output) {
-        z = centred * scale + shift;
-        if (t.beside != nullptr) z += beside;
-      }
-      return behind(dy, activation_derivative(z, t.activation, static_cast<A>(t.slope)));
+  __device__ A at(const NormParams& t, A centred, A dy, A beside) const {
+    if constexpr (kTail == Tail::kNone) return dy;
+    A z = beside;
+    if (!t.from_output) {
+      z = centred * scale + shift;
+      if (t.beside != nullptr) z += beside;
     }
-  }
-
- private:
-  // An infinite gradient, as mixed precision makes them, ends at a flat piece: torch's does.
-  __device__ static A behind(A dy, A derivative) {
+    const A slope = static_cast<A>(t.slope);
+    const A derivative = activation_derivative(z, activation_of<kTail>(t), slope);
+    // An infinite gradient, as mixed precision makes them, ends at a flat piece: torch's does.
     return derivative == A(0) ? A(0) : dy * derivative;
   }
 };
@@ -110,8 +100,7 @@ struct Coefficients {
     A z = (x - mean) * scale + shift;
     if constexpr (kTail == Tail::kNone) return z;
     if (t.beside != nullptr) z += beside;
-    return kTail == Tail::kReLU ? activate(z, Activation::kReLU, A(0))
-                                : activate(z, t.activation, static_cast<A>(t.slope));
+    return activate(z, activation_of<kTail>(t), static_cast<A>(t.slope));
   }
 };
 
@@ -126,10 +115,8 @@ struct Coefficients<A, true, kTail> {
     for (int i = 0; i < 4; ++i) k[i] = static_cast<const A*>(t.coefficients)[int64_t{t.C} * i + c];
     derivative.load(t, c);
   }
-  __device__ A grad_residual(const NormParams& t, A x, A dy, A beside) const {
-    return derivative.at(t, x - k[0], dy, beside);
-  }
-  __device__ A out(const NormParams& t, A x, A dz) const {
+  __device__ A out(const NormParams& t, A x, A dy, A beside) const {
+    const A dz = derivative.at(t, x - k[0], dy, beside);
     return t.training ? ((dz - k[1]) - (x - k[0]) * k[2]) * k[3] : dz * k[3];
   }
 };
@@ -137,8 +124,8 @@ struct Coefficients<A, true, kTail> {
 // One pack of the second step; channel(e) are the coefficients of its element e.
 template <class T, int kVector, bool kDgrad, Tail kTail, class Channel>
 __device__ inline void second_step(const NormParams& t, int64_t offset, Channel&& channel) {
-  Pack<T, kVector> x = {}, dy = {}, beside = {}, y, dz;
-  const bool again = kTail == Tail::kAny && !t.from_output;  // z
+  Pack<T, kVector> x = {}, dy = {}, beside = {}, y;
+  const bool again = kTail != Tail::kNone && !t.from_output;  // z
   if (!kDgrad || t.training || again) {
     x = load_pack<T, kVector>(static_cast<const T*>(t.input) + offset);
   }
@@ -150,21 +137,14 @@ __device__ inline void second_step(const NormParams& t, int64_t offset, Channel&
   }
 #pragma unroll
   for (int e = 0; e < kVector; ++e) {
-    const auto& k = channel(e);
+    const auto at = widen(x.at[e]), b = widen(beside.at[e]);
     if constexpr (kDgrad) {
-      const auto d = k.grad_residual(t, widen(x.at[e]), widen(dy.at[e]), widen(beside.at[e]));
-      dz.at[e] = narrow<T>(d);
-      y.at[e] = narrow<T>(k.out(t, widen(x.at[e]), d));
+      y.at[e] = narrow<T>(channel(e).out(t, at, widen(dy.at[e]), b));
     } else {
-      y.at[e] = narrow<T>(k.out(t, widen(x.at[e]), widen(beside.at[e])));
+      y.at[e] = narrow<T>(channel(e).out(t, at, b));
     }
   }
-  if (!kDgrad || kTail == Tail::kNone || t.out != nullptr) {
-    store_pack(static_cast<T*>(t.out) + offset, y);
-  }
-  if constexpr (kDgrad && kTail != Tail::kNone) {
-    if (t.grad_residual != nullptr) store_pack(static_cast<T*>(t.grad_residual) + offset, dz);
-  }
+  store_pack(static_cast<T*>(t.out) + offset, y);
 }
 
 }  // namespace cuda

@@ -18,10 +18,10 @@ namespace cuda {
 constexpr int kNormThreads = 256;
 constexpr int kJoinedChannels = 32;  // of a block of the joining kernel: 8 threads to a channel
 
-// Packs of a tensor that a thread has on their way at once: with kAny a third tensor and z's
-// coefficients ask for registers, and every element for a switch's worth of code.
+// Packs of a tensor that a thread has on their way at once: with a tail a third tensor and z's
+// coefficients ask for registers, and with kAny every element for a switch's worth of code.
 template <Tail kTail>
-constexpr int kTileOf = kTail == Tail::kAny ? 1 : 4;
+constexpr int kTileOf = kTail == Tail::kNone ? 4 : kTail == Tail::kReLU ? 2 : 1;
 
 // What sums are kept in. Those of the gradients are of either sign and may come out small, so that
 // float's roundings on the way would show; every fourth addition is one in double, which even cards
@@ -144,7 +144,9 @@ __device__ inline accumulator_t<T> centre_of(const NormParams& t, int c, int64_t
 
 // ---- The sums ------------------------------------------------------------------------------
 
-// kTail: dgrad's alone. The moments are those of the input, whatever follows.
+// kTail is dgrad's: the moments are those of the input, whatever follows. Where the residual's
+// gradient is wanted, which is dz, the first step writes it, and the second reads that instead of
+// all that dz is made of.
 template <class T, int kVector, bool kDgrad, Tail kTail>
 __global__ void __launch_bounds__(kNormThreads) batch_norm_sums_of_rows_kernel(const NormParams t) {
   using A = accumulator_t<T>;
@@ -187,8 +189,17 @@ __global__ void __launch_bounds__(kNormThreads) batch_norm_sums_of_rows_kernel(c
       for (int e = 0; e < kVector; ++e) {
         const auto x_at = [&](int i) { return widen(x[i].at[e]); };
         add_values<kCount>(sums[e], centre[e], x_at, [&](int i) {
-          return derivative[e].at(t, x_at(i) - centre[e], widen(dy[i].at[e]), widen(b[i].at[e]));
+          const A dz =
+              derivative[e].at(t, x_at(i) - centre[e], widen(dy[i].at[e]), widen(b[i].at[e]));
+          b[i].at[e] = narrow<T>(dz);
+          return dz;
         });
+      }
+      if (kTail != Tail::kNone && t.grad_residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          store_pack(static_cast<T*>(t.grad_residual) + c0 + (row + i * rows) * t.C, b[i]);
+        }
       }
     };
     int64_t row = begin + row_lane;
@@ -230,16 +241,17 @@ __global__ void __launch_bounds__(kNormThreads)
     const auto add_tile = [&](auto count) {
       constexpr int kCount = decltype(count)::value;
       Pack<T, kVector> x[kCount], dy[kCount] = {}, b[kCount] = {};
+      int64_t offset[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const int64_t offset = ((n * t.C + c) * t.plane_packs + within) * kVector;
-        x[i] = load_pack<T, kVector>(static_cast<const T*>(t.input) + offset);
+        offset[i] = ((n * t.C + c) * t.plane_packs + within) * kVector;
+        x[i] = load_pack<T, kVector>(static_cast<const T*>(t.input) + offset[i]);
         if constexpr (kDgrad) {
-          dy[i] = load_pack<T, kVector>(static_cast<const T*>(t.grad) + offset);
+          dy[i] = load_pack<T, kVector>(static_cast<const T*>(t.grad) + offset[i]);
         }
         if constexpr (kTail != Tail::kNone) {
           if (t.beside != nullptr) {
-            b[i] = load_pack<T, kVector>(static_cast<const T*>(t.beside) + offset);
+            b[i] = load_pack<T, kVector>(static_cast<const T*>(t.beside) + offset[i]);
           }
         }
         n += planes_on;
@@ -252,9 +264,18 @@ __global__ void __launch_bounds__(kNormThreads)
       pack += kCount * kNormThreads;
       const auto x_at = [&](int i) { return widen(x[i / kVector].at[i % kVector]); };
       add_values<kCount * kVector>(sums[0], centre, x_at, [&](int i) {
-        return derivative.at(t, x_at(i) - centre, widen(dy[i / kVector].at[i % kVector]),
-                             widen(b[i / kVector].at[i % kVector]));
+        T& beside = b[i / kVector].at[i % kVector];
+        const A dz = derivative.at(t, x_at(i) - centre, widen(dy[i / kVector].at[i % kVector]),
+                                   widen(beside));
+        beside = narrow<T>(dz);
+        return dz;
       });
+      if (kTail != Tail::kNone && t.grad_residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          store_pack(static_cast<T*>(t.grad_residual) + offset[i], b[i]);
+        }
+      }
     };
 #pragma unroll 1
     while (pack + (kTile - 1) * kNormThreads < end) add_tile(std::integral_constant<int, kTile>{});
