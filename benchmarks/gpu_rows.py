@@ -70,7 +70,7 @@ def normalised(module, x, w, b, options):
     if module is ff:
         pairs = [[options.get(name, least)] * 2 for name, least in WINDOW]
         groups = options.get("groups", 1)
-        rest = (None, None, 1e-5, *pairs, groups)
+        rest = (None, None, None, 1e-5, *pairs, groups, "none", False)
         return torch.ops.fastconv.conv_bn_training(x, w, b, *rest)[0]
     return F.batch_norm(F.conv2d(x, w, b, **options), None, None, training=True)
 

@@ -126,6 +126,20 @@ def test_conv_bn_relu_derivatives(training, residual, fast, backend):
 
 # the same results as torch's, through every way of asking
 
+
+def after_norm(f, tensors, residual=None, training=False, activation="relu", recompute=False):
+    """batch_norm_relu of 5 tensors or conv_bn_relu of 7; of torch's functions, their parts."""
+    options = {"residual": residual, "training": training, "activation": activation}
+    if f is ff and len(tensors) == 5:
+        return ff.batch_norm_relu(*tensors, **options)
+    if f is ff:
+        return ff.conv_bn_relu(*tensors, **options, recompute=recompute)
+    *conv, mean, var, weight, bias = tensors
+    x = f.conv2d(*conv) if len(conv) > 1 else conv[0]
+    z = f.batch_norm(x, mean, var, weight, bias, training)
+    return getattr(f, activation)(z if residual is None else z + residual)
+
+
 OPERATIONS = {
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, 2, 1), ((2, 4, 6, 6), (6, 4, 3, 3), (6,))),
     "conv2d grouped": (
@@ -138,6 +152,34 @@ OPERATIONS = {
     "batch_norm": (
         lambda f, x, w, b: f.batch_norm(x, None, None, w, b, True),
         ((3, 4, 5, 6), (4,), (4,)),
+    ),
+    "batch_norm_relu": (
+        lambda f, x, w, b: after_norm(f, (x, None, None, w, b), training=True),
+        ((3, 4, 5, 6), (4,), (4,)),
+    ),
+    "batch_norm_relu residual": (
+        lambda f, x, w, b, r: after_norm(
+            f, (x, None, None, w, b), residual=r, training=True, activation="relu6"
+        ),
+        ((3, 4, 5, 6), (4,), (4,), (3, 4, 5, 6)),
+    ),
+    "conv_bn_relu": (
+        lambda f, x, w, b, v, c: after_norm(
+            f, (x, w, b, None, None, v, c), training=True, activation="silu"
+        ),
+        ((2, 4, 6, 6), (6, 4, 3, 3), (6,), (6,), (6,)),
+    ),
+    "conv_bn_relu recompute": (
+        lambda f, x, w, v, c, r: after_norm(
+            f, (x, w, None, None, None, v, c), residual=r, training=True, recompute=True
+        ),
+        ((2, 4, 6, 6), (6, 4, 3, 3), (6,), (6,), (2, 6, 4, 4)),
+    ),
+    "conv_bn_relu inference": (
+        lambda f, x, w, v, c, r: after_norm(
+            f, (x, w, None, v.detach() * 0, v.detach() * 0 + 2, v, c), residual=r
+        ),
+        ((2, 4, 6, 6), (6, 4, 3, 3), (6,), (6,), (2, 6, 4, 4)),
     ),
     "batch_norm inference": (
         lambda f, x, w, b: f.batch_norm(x, w.detach() * 0, w.detach() * 0 + 2, w, b),
@@ -582,8 +624,10 @@ def opcheck_samples(device):
             (*fixed, *norm[:1], *norm, *norm, t(*out, grad=False), 1e-5, *tail, "silu"),
         ]  # fmt: skip
         samples["conv_bn_training"] += [
-            (t(*x), t(*w), r(*b), r(6), r(6), 1e-5, *tail),
-            (t(*x), t(*w), None, None, None, 1e-3, *tail),
+            (t(*x), t(*w), r(*b), r(6), r(6), None, 1e-5, *tail, "none", False),
+            (t(*x), t(*w), None, None, None, None, 1e-3, *tail, "silu", False),
+            (t(*x), t(*w), None, r(6), r(6), t(*out), 1e-5, *tail, "relu", False),
+            (t(*x), t(*w), r(*b), r(6), r(6), t(*out), 1e-5, *tail, "hardswish", True),
         ]
         samples["conv2d_act_max_pool2d"] += [
             (*fixed, None, *tail, "relu", [2, 2], [], [0, 0]),
@@ -606,13 +650,26 @@ def opcheck_samples(device):
         samples["avg_pool2d_backward"] += [(t(*pooled), list(x), *window, False, True, None, last)]
         samples["adaptive_avg_pool2d"] += [(t(*x), [3, 2]), (t(*x), [1, 1])]
         samples["adaptive_avg_pool2d_backward"] += [(t(*pooled), list(x), last)]
-        samples["batch_norm_training"] += [(t(*x), r(4), r(4), 1e-5), (t(*x), None, None, 1e-3)]
+        samples["batch_norm_training"] += [
+            (t(*x), r(4), r(4), None, 1e-5, "none"),
+            (t(*x), None, None, t(*x), 1e-3, "leaky_relu"),
+            (t(*x), r(4), r(4), t(*x), 1e-5, "sigmoid"),
+        ]
         norm = (r(4, grad=False), positive(4))
-        samples["batch_norm_inference"] += [(t(*x), r(4), r(4), *norm, 1e-5)]
+        samples["batch_norm_inference"] += [
+            (t(*x), r(4), r(4), *norm, None, 1e-5, "relu6"),
+            (t(*x), r(4), r(4), *norm, t(*x), 1e-5, "none"),
+        ]
+        masks = ([True] * 4, [True, False, False, False], [False, True, True, True])
         samples["batch_norm_backward"] += [
-            (t(*x), t(*x), r(4), *norm, training, 1e-5, mask)
+            (t(*x), t(*x), r(4), r(4), *norm, *after, training, 1e-5, activation, mask)
             for training in (True, False)
-            for mask in ([True, True, True], [True, False, False], [False, True, True])
+            for mask in masks
+            for *after, activation in (
+                (None, None, "none"),
+                (t(*x), None, "silu"),
+                (None, t(*x, grad=False), "relu"),
+            )
         ]
     return samples
 

@@ -92,8 +92,8 @@ def test_statistics(size, layout, dtype):
         options = [list(v) for v in (shape.stride, shape.padding, shape.dilation)]
         call = functools.partial(
             torch.ops.fastconv.conv_bn_training,
-            *(x, w, bias, None, None, 1e-5),
-            *(*options, shape.groups),
+            *(x, w, bias, None, None, None, 1e-5),
+            *(*options, shape.groups, "none", False),
         )
         results, reason = forced(row, call)
         if reason:

@@ -187,7 +187,9 @@ def test_statistics_are_the_same_on_every_gpu(dtype):
 
 def statistics(x, w, bias):
     pair = [1, 1]
-    return torch.ops.fastconv.conv_bn_training(x, w, bias, None, None, 1e-5, pair, [0, 0], pair, 1)
+    return torch.ops.fastconv.conv_bn_training(
+        x, w, bias, None, None, None, 1e-5, pair, [0, 0], pair, 1, "none", False
+    )
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ struct ReferenceChannel {
     });
     return sum / static_cast<double>(t.per_channel());
   }
-  void write(int64_t i, double value) const {
-    static_cast<T*>(a.out)[i] = T(static_cast<A>(value));
+  void write(void* values, int64_t i, double value) const {
+    if (values != nullptr) static_cast<T*>(values)[i] = T(static_cast<A>(value));
   }
 
   void fprop() const {
@@ -75,27 +75,43 @@ struct ReferenceChannel {
     }
     const double scale = parameter(a.weight, 1) / std::sqrt(var + t.eps);
     const double bias = parameter(a.bias, 0);
-    for_each_element([&](int64_t i) { write(i, (at(a.input, i) - m) * scale + bias); });
+    for_each_element([&](int64_t i) {
+      double z = (at(a.input, i) - m) * scale + bias;
+      if (a.residual != nullptr) z += at(a.residual, i);
+      write(a.out, i, activate(z, t.activation, t.slope));
+    });
   }
 
   void dgrad() const {
     const double m = parameter(a.mean_in, 0), var = parameter(a.var_in, 1);
     const double invstd = 1 / std::sqrt(var + t.eps), weight = parameter(a.weight, 1);
-    Sum<T> sum = 0, dot = 0;  // of grad, and of grad * (input - mean)
+    const double bias = parameter(a.bias, 0);
+    const auto dz = [&](int64_t i) {
+      double z = 0;
+      if (a.output != nullptr) {
+        z = at(a.output, i);
+      } else if (t.activation != Activation::kNone) {
+        z = (at(a.input, i) - m) * invstd * weight + bias;
+        if (a.residual != nullptr) z += at(a.residual, i);
+      }
+      return at(a.grad, i) * activation_derivative(z, t.activation, t.slope);
+    };
+    Sum<T> sum = 0, dot = 0;  // of dz, and of dz * (input - mean)
     for_each_element([&](int64_t i) {
-      sum += at(a.grad, i);
-      dot += at(a.grad, i) * (at(a.input, i) - m);
+      sum += dz(i);
+      dot += dz(i) * (at(a.input, i) - m);
     });
     store(a.grad_weight, dot * invstd);
     store(a.grad_bias, sum);
-    if (a.out == nullptr) return;
     // In training the mean and the variance move with the input, which takes these two terms away.
     const double count = static_cast<double>(t.per_channel());
     const double from_mean = t.training ? sum / count : 0;
     const double from_var = t.training ? dot * invstd * invstd / count : 0;
     for_each_element([&](int64_t i) {
-      const double d = at(a.grad, i) - from_mean - (at(a.input, i) - m) * from_var;
-      write(i, d * invstd * weight);
+      const double gradient = dz(i);
+      const double d = gradient - from_mean - (at(a.input, i) - m) * from_var;
+      write(a.out, i, d * invstd * weight);
+      write(a.grad_residual, i, gradient);
     });
   }
 };

@@ -44,7 +44,7 @@ struct BatchNormPlan {
   static constexpr int64_t kRowsOfSlice = 512, kMostSlices = 64;
   // Channels whose sums a thread holds at once: 512 take 10 KiB of L1.
   static constexpr int64_t kGroup = 512;
-  static constexpr int64_t kCoefficients = 4;
+  static constexpr int64_t kCoefficients = 5;
 
   explicit BatchNormPlan(const BatchNormProblem& t)
       : by_rows((t.layout == Layout::kNHWC && t.C > 1) ||

@@ -1,10 +1,13 @@
 // BatchNorm, one copy for each instruction set.
 //
 // Both directions have two steps. First two sums a channel: the moments of the input (forward), or
-// the sums of grad and of grad * (input - mean) (backward). Then every element is computed from its
-// channel's few coefficients. In NCHW with 64 channels or more, one channel does both steps before
-// the next, so that the second finds its input in the cache.
+// the sums of dz and of dz * (input - mean) (backward, with dz = grad * activation'(z), computed in
+// both steps or kept as the residual's gradient). Then every element is computed from its channel's
+// few coefficients. In NCHW with 64 channels or more, one channel does both steps before the next,
+// so that the second finds its input in the cache.
 #include "cpu/lanes.inl"
+//
+#include "cpu/activation.inl"
 //
 #include "cpu/batch_norm_sums.inl"
 
@@ -29,10 +32,11 @@ struct Normalize {
   A at(int64_t i) const { return i == 0 ? mean : i == 1 ? scale : shift; }
 };
 
-// dx = ((dy - mean of dy) - (x - mean) * slope) * scale; in inference dx = dy * scale.
+// dx = ((dz - mean of dz) - (x - mean) * slope) * scale; in inference dx = dz * scale. The bias is
+// for computing z again.
 template <class A>
 struct Differentiate {
-  A mean, grad_mean, slope, scale;
+  A mean, grad_mean, slope, scale, bias;
 
   Differentiate(const BatchNormProblem& t, const BatchNormArgs& a, int64_t c, double sum,
                 double dot) {
@@ -42,49 +46,70 @@ struct Differentiate {
     grad_mean = static_cast<A>(sum / count);
     slope = static_cast<A>(dot * invstd * invstd / count);
     scale = static_cast<A>(invstd * channel_value<A>(a.weight, c, 1));
+    bias = static_cast<A>(channel_value<A>(a.bias, c, 0));
     static_cast<A*>(a.grad_weight)[c] = static_cast<A>(dot * invstd);
     static_cast<A*>(a.grad_bias)[c] = static_cast<A>(sum);
   }
-  static constexpr int64_t kCount = 4;
-  A at(int64_t i) const { return i == 0 ? mean : i == 1 ? grad_mean : i == 2 ? slope : scale; }
+  static constexpr int64_t kCount = BatchNormPlan::kCoefficients;
+  A at(int64_t i) const {
+    return i == 0 ? mean : i == 1 ? grad_mean : i == 2 ? slope : i == 3 ? scale : bias;
+  }
 };
 
-// One vector of the second step; k are the coefficients above, in order.
-template <class T, bool kDgrad>
-FASTCONV_INLINE Vec<accumulator_t<T>> second_step(bool training, const T* x, const T* grad,
-                                                  int64_t lanes, const Vec<accumulator_t<T>>* k) {
-  const Vec<accumulator_t<T>> none{};
+// One vector of the second step: `lanes` elements from i on. k are the coefficients above, in
+// order.
+template <class T, bool kDgrad, After kAfter>
+FASTCONV_INLINE void second_step(const BatchNormProblem& t, const BatchNormArgs& a, int64_t i,
+                                 int64_t lanes, const Vec<accumulator_t<T>>* k) {
+  using A = accumulator_t<T>;
+  T* out = static_cast<T*>(a.out);
+  const T* input = static_cast<const T*>(a.input);
+  const Vec<A> none{};
   if constexpr (!kDgrad) {
-    return (load_upto(x, lanes, none) - k[0]) * k[1] + k[2];
+    const Vec<A> x = load_upto(input + i, lanes, none);
+    const Affine<A> affine{k[0], k[1], k[2]};
+    if constexpr (kAfter == After::kNothing) {
+      store_upto(out + i, affine.of(x), lanes);
+    } else {
+      const Vec<A> z = before_activation<T>(a, i, lanes, x, affine);
+      const Activation activation = activation_of<kAfter>(t);
+      store_upto(out + i, activate_vector(z, activation, static_cast<A>(t.slope)), lanes);
+    }
   } else {
-    if (!training) return load_upto(grad, lanes, none) * k[3];
-    const auto centred = load_upto(x, lanes, none) - k[0];
-    return ((load_upto(grad, lanes, none) - k[1]) - centred * k[2]) * k[3];
+    const bool needs_x = t.training || kAfter != After::kNothing;
+    const Vec<A> x = needs_x ? load_upto(input + i, lanes, none) : none;
+    const Affine<A> affine{k[0], k[3], k[4]};
+    const Vec<A> dz = gradient_of_z<T, kAfter>(t, a, i, lanes, x, affine);
+    store_upto(out + i, (t.training ? (dz - k[1]) - (x - k[0]) * k[2] : dz) * k[3], lanes);
   }
 }
 
-// Forward reads no gradient; it is given the input's pointer, which is never null.
-template <class T, bool kDgrad>
-const T* grad_of(const BatchNormArgs& a) {
-  return static_cast<const T*>(kDgrad ? a.grad : a.input);
+// Calls f(after, args) with what the second step is run on: where the first has written the
+// residual's gradient, that one, behind which nothing follows.
+template <bool kDgrad, After kAfter, class F>
+FASTCONV_INLINE void with_second_step(const BatchNormArgs& a, F&& f) {
+  if (kDgrad && kAfter != After::kNothing && a.grad_residual != nullptr) {
+    BatchNormArgs written = a;
+    written.grad = a.grad_residual;
+    f(std::integral_constant<After, After::kNothing>(), written);
+  } else {
+    f(std::integral_constant<After, kAfter>(), a);
+  }
 }
 
 // ---- NCHW ----------------------------------------------------------------------------------
 
-template <class T, bool kDgrad, class Coefficients>
-void second_step_of_plane(bool training, const T* x, const T* grad, T* out, int64_t n,
-                          const Coefficients& coefficients) {
+// n elements from `begin` on.
+template <class T, bool kDgrad, After kAfter, class Coefficients>
+void second_step_of_plane(const BatchNormProblem& t, const BatchNormArgs& a, int64_t begin,
+                          int64_t n, const Coefficients& coefficients) {
   using A = accumulator_t<T>;
   constexpr int64_t L = Lanes<A>::kCount;
   Vec<A> k[Coefficients::kCount];
   for (int64_t i = 0; i < Coefficients::kCount; ++i) k[i] = broadcast<A>(coefficients.at(i));
   int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    store(out + i, second_step<T, kDgrad>(training, x + i, grad + i, L, k));
-  }
-  if (i < n) {
-    store_first(out + i, second_step<T, kDgrad>(training, x + i, grad + i, n - i, k), n - i);
-  }
+  for (; i + L <= n; i += L) second_step<T, kDgrad, kAfter>(t, a, begin + i, L, k);
+  if (i < n) second_step<T, kDgrad, kAfter>(t, a, begin + i, n - i, k);
 }
 
 // Joins the slices' sums of channels [begin, end), in order, in the place of the first slice's.
@@ -137,7 +162,7 @@ struct ChannelResult {
   }
 };
 
-template <class T, bool kDgrad>
+template <class T, bool kDgrad, After kAfter>
 void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
   using A = accumulator_t<T>;
   using Coefficients = std::conditional_t<kDgrad, Differentiate<A>, Normalize<A>>;
@@ -147,7 +172,7 @@ void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const
     if (!kDgrad && !t.training) return;  // no sums
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t c = unit / plan.slices, slice = unit % plan.slices;
-      sum_slice_of_planes<T, kDgrad>(a, plan, c, slice, partial + slice * 2 * plan.C);
+      sum_slice_of_planes<T, kDgrad, kAfter>(t, a, plan, c, slice, partial + slice * 2 * plan.C);
     }
   };
   const auto coefficients_of = [&](int64_t c) {
@@ -155,10 +180,10 @@ void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const
     return Coefficients(t, a, c, result.first, result.second);
   };
   const auto plane_step = [&](int64_t n, int64_t c, const Coefficients& coefficients) {
-    const int64_t plane = (n * plan.C + c) * plan.HW;
-    second_step_of_plane<T, kDgrad>(t.training, static_cast<const T*>(a.input) + plane,
-                                    grad_of<T, kDgrad>(a) + plane, static_cast<T*>(a.out) + plane,
-                                    plan.HW, coefficients);
+    with_second_step<kDgrad, kAfter>(a, [&](auto after, const BatchNormArgs& args) {
+      second_step_of_plane<T, kDgrad, decltype(after)::value>(t, args, (n * plan.C + c) * plan.HW,
+                                                              plan.HW, coefficients);
+    });
   };
   const bool fused = plan.slices == 1 && (kDgrad || t.training);
   if (fused) {
@@ -189,14 +214,12 @@ void channels_of_planes(const BatchNormProblem& t, const BatchNormArgs& a, const
 // ---- NHWC ----------------------------------------------------------------------------------
 
 // Rows [begin, end).
-template <class T, bool kDgrad, class Coefficients>
-void second_step_of_rows(bool training, const BatchNormArgs& a, const BatchNormPlan& plan,
-                         const accumulator_t<T>* coefficients, int64_t begin, int64_t end) {
+template <class T, bool kDgrad, After kAfter, class Coefficients>
+void second_step_of_rows(const BatchNormProblem& t, const BatchNormArgs& a,
+                         const BatchNormPlan& plan, const accumulator_t<T>* coefficients,
+                         int64_t begin, int64_t end) {
   using A = accumulator_t<T>;
   constexpr int64_t L = Lanes<A>::kCount;
-  const T* input = static_cast<const T*>(a.input);
-  const T* grad = grad_of<T, kDgrad>(a);
-  T* out = static_cast<T*>(a.out);
   const int64_t C = plan.C;
   // Row by row, as memory streams: the coefficients come from L1.
   for (int64_t row = begin; row < end; ++row) {
@@ -205,15 +228,15 @@ void second_step_of_rows(bool training, const BatchNormArgs& a, const BatchNormP
       for (int64_t i = 0; i < Coefficients::kCount; ++i) {
         k[i] = load(coefficients + i * (C + 16) + c);
       }
-      return second_step<T, kDgrad>(training, input + row * C + c, grad + row * C + c, lanes, k);
+      second_step<T, kDgrad, kAfter>(t, a, row * C + c, lanes, k);
     };
     int64_t c = 0;
-    for (; c + L <= C; c += L) store(out + row * C + c, step(c, L));
-    if (c < C) store_first(out + row * C + c, step(c, C - c), C - c);
+    for (; c + L <= C; c += L) step(c, L);
+    if (c < C) step(c, C - c);
   }
 }
 
-template <class T, bool kDgrad>
+template <class T, bool kDgrad, After kAfter>
 void channels_of_rows(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
   using A = accumulator_t<T>;
   using Coefficients = std::conditional_t<kDgrad, Differentiate<A>, Normalize<A>>;
@@ -222,7 +245,7 @@ void channels_of_rows(const BatchNormProblem& t, const BatchNormArgs& a, const C
   A* coefficients = reinterpret_cast<A*>(partial + plan.partial_doubles());
   if (kDgrad || t.training) {
     for_ranges(context, plan.slices * plan.groups(), t.bytes(), [&](int64_t begin, int64_t end) {
-      RowSums<T, kDgrad> sums(a, plan);
+      RowSums<T, kDgrad, kAfter> sums(t, a, plan);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t slice = unit / plan.groups(), group = unit % plan.groups();
         sums.slice(slice, group * BatchNormPlan::kGroup, partial + slice * 2 * plan.C);
@@ -242,21 +265,36 @@ void channels_of_rows(const BatchNormProblem& t, const BatchNormArgs& a, const C
   });
   if (a.out == nullptr) return;
   for_ranges(context, plan.M, t.bytes(), [&](int64_t begin, int64_t end) {
-    second_step_of_rows<T, kDgrad, Coefficients>(t.training, a, plan, coefficients, begin, end);
+    with_second_step<kDgrad, kAfter>(a, [&](auto after, const BatchNormArgs& args) {
+      second_step_of_rows<T, kDgrad, decltype(after)::value, Coefficients>(
+          t, args, plan, coefficients, begin, end);
+    });
   });
 }
 
-template <bool kDgrad>
+template <bool kDgrad, After kAfter>
 void launch_batch_norm(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
   dispatch_dtype(t.dtype, [&](auto type) {
     using T = decltype(type);
     const bool rows = BatchNormPlan(t).by_rows;
     if (rows) {
-      channels_of_rows<T, kDgrad>(t, a, context);
+      channels_of_rows<T, kDgrad, kAfter>(t, a, context);
     } else {
-      channels_of_planes<T, kDgrad>(t, a, context);
+      channels_of_planes<T, kDgrad, kAfter>(t, a, context);
     }
   });
+}
+
+template <bool kDgrad>
+void launch_batch_norm(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {
+  const bool residual = (kDgrad ? a.grad_residual : a.residual) != nullptr;
+  if (t.activation == Activation::kReLU) {
+    launch_batch_norm<kDgrad, After::kReLU>(t, a, context);
+  } else if (residual || t.activation != Activation::kNone) {
+    launch_batch_norm<kDgrad, After::kAnything>(t, a, context);
+  } else {
+    launch_batch_norm<kDgrad, After::kNothing>(t, a, context);
+  }
 }
 
 void batch_norm_fprop(const BatchNormProblem& t, const BatchNormArgs& a, const Context& context) {

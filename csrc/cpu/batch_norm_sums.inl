@@ -17,6 +17,77 @@ FASTCONV_INLINE double channel_value(const void* values, int64_t c, double when_
   return values == nullptr ? when_null : static_cast<double>(static_cast<const A*>(values)[c]);
 }
 
+// ---- What follows the normalisation --------------------------------------------------------
+
+// Known to the compiler: nothing, ReLU (with or without a residual), or whatever the problem says.
+enum class After { kNothing, kReLU, kAnything };
+
+template <After kAfter>
+FASTCONV_INLINE Activation activation_of(const BatchNormProblem& t) {
+  return kAfter == After::kReLU ? Activation::kReLU : t.activation;
+}
+
+// A channel's z = (x - mean) * scale + shift, before the residual.
+template <class A>
+struct Affine {
+  Vec<A> mean, scale, shift;
+  FASTCONV_INLINE Vec<A> of(Vec<A> x) const { return (x - mean) * scale + shift; }
+};
+
+// z of `lanes` elements from i on, with the residual.
+template <class T>
+FASTCONV_INLINE Vec<accumulator_t<T>> before_activation(const BatchNormArgs& a, int64_t i,
+                                                        int64_t lanes, Vec<accumulator_t<T>> x,
+                                                        const Affine<accumulator_t<T>>& affine) {
+  const T* residual = static_cast<const T*>(a.residual);
+  const auto z = affine.of(x);
+  return residual == nullptr ? z : z + load_upto(residual + i, lanes, Vec<accumulator_t<T>>{});
+}
+
+// Backward: the gradient of z, of `lanes` elements from i on; 0 in the other lanes.
+template <class T, After kAfter>
+FASTCONV_INLINE Vec<accumulator_t<T>> gradient_of_z(const BatchNormProblem& t,
+                                                    const BatchNormArgs& a, int64_t i,
+                                                    int64_t lanes, Vec<accumulator_t<T>> x,
+                                                    const Affine<accumulator_t<T>>& affine) {
+  using A = accumulator_t<T>;
+  const Vec<A> grad = load_upto(static_cast<const T*>(a.grad) + i, lanes, Vec<A>{});
+  const Activation activation = activation_of<kAfter>(t);
+  if (kAfter == After::kNothing || activation == Activation::kNone) return grad;
+  const T* output = static_cast<const T*>(a.output);
+  const Vec<A> z = output != nullptr ? load_upto(output + i, lanes, Vec<A>{})
+                                     : before_activation<T>(a, i, lanes, x, affine);
+  return gradient_vector(grad, z, activation, static_cast<A>(t.slope));
+}
+
+// The same for the first step, which writes it where the residual's gradient is wanted: the second
+// step then reads that instead of the gradient, and of what the activation's derivative takes.
+template <class T, After kAfter>
+FASTCONV_INLINE Vec<accumulator_t<T>> summed_gradient(const BatchNormProblem& t,
+                                                      const BatchNormArgs& a, int64_t i,
+                                                      int64_t lanes, Vec<accumulator_t<T>> x,
+                                                      const Affine<accumulator_t<T>>& affine) {
+  const auto dz = gradient_of_z<T, kAfter>(t, a, i, lanes, x, affine);
+  if constexpr (kAfter != After::kNothing) {
+    if (a.grad_residual != nullptr) store_upto(static_cast<T*>(a.grad_residual) + i, dz, lanes);
+  }
+  return dz;
+}
+
+// Of backward: mean and scale as forward has them, but for the rounding of the mean.
+template <class A>
+struct BackwardAffine {
+  A mean, scale, shift;
+  BackwardAffine(const BatchNormProblem& t, const BatchNormArgs& a, int64_t c)
+      : mean(static_cast<A>(channel_value<A>(a.mean_in, c, 0))),
+        scale(static_cast<A>(channel_value<A>(a.weight, c, 1) /
+                             std::sqrt(channel_value<A>(a.var_in, c, 1) + t.eps))),
+        shift(static_cast<A>(channel_value<A>(a.bias, c, 0))) {}
+  FASTCONV_INLINE Affine<A> lanes() const {
+    return {broadcast<A>(mean), broadcast<A>(scale), broadcast<A>(shift)};
+  }
+};
+
 // ---- NCHW ----------------------------------------------------------------------------------
 
 // Calls f(offset, length) with the contiguous runs of channel c's block.
@@ -123,9 +194,9 @@ void merge_block(const T* input, const BatchNormPlan& plan, int64_t c, int64_t b
 }
 
 // Slice `slice` of channel c, to result[c] and result[C + c].
-template <class T, bool kDgrad>
-void sum_slice_of_planes(const BatchNormArgs& a, const BatchNormPlan& plan, int64_t c,
-                         int64_t slice, double* result) {
+template <class T, bool kDgrad, After kAfter>
+void sum_slice_of_planes(const BatchNormProblem& t, const BatchNormArgs& a,
+                         const BatchNormPlan& plan, int64_t c, int64_t slice, double* result) {
   using A = accumulator_t<T>;
   const T* input = static_cast<const T*>(a.input);
   const int64_t begin = plan.slice_begin(slice), end = plan.slice_begin(slice + 1);
@@ -135,16 +206,15 @@ void sum_slice_of_planes(const BatchNormArgs& a, const BatchNormPlan& plan, int6
     result[c] = moments.mean;
     result[plan.C + c] = moments.m2;
   } else {
-    const Vec<A> mean = broadcast<A>(static_cast<A>(channel_value<A>(a.mean_in, c, 0)));
+    const Affine<A> affine = BackwardAffine<A>(t, a, c).lanes();
     TwoSums<A> sums;
     for (int64_t block = begin; block < end; ++block) {
       for_each_run(plan, c, block, [&](int64_t offset, int64_t length) FASTCONV_INLINE_LAMBDA {
-        const T* x = input + offset;
-        const T* grad = static_cast<const T*>(a.grad) + offset;
         const auto term = [&](int64_t i, int64_t lanes, Wide<A>& g,
                               Wide<A>& product) FASTCONV_INLINE_LAMBDA {
-          g = Wide<A>(load_upto(grad + i, lanes, Vec<A>{}));
-          product = g * (Wide<A>(load_upto(x + i, lanes, mean)) - Wide<A>(mean));
+          const Vec<A> x = load_upto(input + offset + i, lanes, affine.mean);
+          g = Wide<A>(summed_gradient<T, kAfter>(t, a, offset + i, lanes, x, affine));
+          product = g * (Wide<A>(x) - Wide<A>(affine.mean));
         };
         sums.add(length, term);
       });
@@ -157,17 +227,20 @@ void sum_slice_of_planes(const BatchNormArgs& a, const BatchNormPlan& plan, int6
 // ---- NHWC ----------------------------------------------------------------------------------
 
 // A thread's sums over rows of up to kGroup channels.
-template <class T, bool kDgrad>
+template <class T, bool kDgrad, After kAfter>
 class RowSums {
   using A = accumulator_t<T>;
   static constexpr int64_t L = Lanes<A>::kCount;
   static constexpr int64_t kRoom = BatchNormPlan::kGroup + L;
 
  public:
-  RowSums(const BatchNormArgs& a, const BatchNormPlan& plan)
-      : a_(a),
+  RowSums(const BatchNormProblem& t, const BatchNormArgs& a, const BatchNormPlan& plan)
+      : t_(t),
+        a_(a),
         plan_(plan),
         shift_(kRoom),
+        scale_(kAfter == After::kNothing ? 0 : kRoom),
+        bias_(kAfter == After::kNothing ? 0 : kRoom),
         first_(kRoom),
         second_(kRoom),
         mean_(kRoom),
@@ -180,7 +253,12 @@ class RowSums {
     clear();
     if constexpr (kDgrad) {
       for (int64_t c = 0; c < channels; ++c) {
-        shift_[c] = static_cast<A>(channel_value<A>(a_.mean_in, c0 + c, 0));
+        const BackwardAffine<A> of_channel(t_, a_, c0 + c);
+        shift_[c] = of_channel.mean;
+        if constexpr (kAfter != After::kNothing) {
+          scale_[c] = of_channel.scale;
+          bias_[c] = of_channel.shift;
+        }
       }
       add_rows(plan_.elements_before(begin), plan_.elements_before(end), c0, channels);
       std::copy_n(first_.begin(), channels, result + c0);
@@ -227,6 +305,11 @@ class RowSums {
     const auto add = [&](int64_t at, auto count, int64_t c, int64_t lanes) FASTCONV_INLINE_LAMBDA {
       constexpr int64_t kCount = decltype(count)::value;
       const Vec<A> shift = load(shift_.data() + c);
+      Affine<A> affine{shift, {}, {}};
+      if constexpr (kAfter != After::kNothing) {
+        affine.scale = load(scale_.data() + c);
+        affine.shift = load(bias_.data() + c);
+      }
       Vec<A> x[kCount], summed[kCount];
       for (int64_t r = 0; r < kCount; ++r) {
         const int64_t i = at + r * C + c;
@@ -235,7 +318,7 @@ class RowSums {
         __builtin_prefetch(input + i + 4 * C);
         if constexpr (kDgrad) {
           __builtin_prefetch(grad + i + 4 * C);
-          summed[r] = load_upto(grad + i, lanes, Vec<A>{});
+          summed[r] = summed_gradient<T, kAfter>(t_, a_, c0 + i, lanes, x[r], affine);
         } else {
           summed[r] = kShifted<A> ? x[r] - shift : x[r];
         }
@@ -281,9 +364,11 @@ class RowSums {
     }
   }
 
+  const BatchNormProblem& t_;
   const BatchNormArgs& a_;
   const BatchNormPlan& plan_;
   std::vector<A> shift_;
+  std::vector<A> scale_, bias_;  // of backward, where z is computed again
   std::vector<double> first_, second_, mean_, m2_;
 };
 

@@ -1,6 +1,8 @@
 // One instruction set's copy of Conv2dOps.
 #include "cpu/conv2d_simd.inl"
 //
+#include "cpu/activation.inl"
+//
 #include "cpu/conv2d_gemm.inl"
 #include "cpu/conv2d_pack.inl"
 #include "cpu/conv2d_store.inl"

@@ -3,60 +3,6 @@
 
 namespace fastconv::FASTCONV_ISA::conv2d {
 
-// exp for vectors: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 6 for exp(r) (its
-// error is below 2^-24 there) and an exponent of n. Arguments are clamped to where 2^n is a normal
-// number; NaN stays NaN.
-FASTCONV_INLINE Vec<float> exponential(Vec<float> x) {
-  const Vec<float> zeros = {};
-  x = x > 88.0f ? zeros + 88.0f : x;
-  x = x < -87.0f ? zeros - 87.0f : x;
-  const float kRound = 0x1.8p23f;  // adding it leaves n in the lowest mantissa bits
-  const Vec<float> shifted = x * 0x1.715476p0f + kRound;
-  const Vec<float> n = shifted - kRound;
-  Vec<float> r = x - n * 0x1.62e400p-1f;  // ln 2 in two parts: n times the first one is exact
-  r = r - n * 0x1.7f7d1cp-20f;
-  Vec<float> p = zeros + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return p * (Vec<float>)(((FloatBits)shifted + 127u) << 23);
-}
-FASTCONV_INLINE Vec<double> exponential(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-
-// core/epilogue.h's activate, a vector at a time.
-template <class Acc>
-FASTCONV_INLINE Vec<Acc> activate_vector(Vec<Acc> z, Activation activation, Acc slope) {
-  const Vec<Acc> zeros = {};
-  switch (activation) {
-    case Activation::kNone:
-      return z;
-    case Activation::kReLU:
-      return z < zeros ? zeros : z;
-    case Activation::kReLU6:
-      z = z < zeros ? zeros : z;
-      return z > 6 ? zeros + 6 : z;
-    case Activation::kLeakyReLU:
-      return z < zeros ? z * slope : z;
-    case Activation::kSiLU:
-      return z / (1 + exponential(-z));
-    case Activation::kHardSwish: {
-      Vec<Acc> gate = z + 3;
-      gate = gate < zeros ? zeros : gate;
-      gate = gate > 6 ? zeros + 6 : gate;
-      return z * gate / 6;
-    }
-    case Activation::kSigmoid:
-      return 1 / (1 + exponential(-z));
-  }
-  return z;
-}
-
 // The first n <= kLanes elements `step` apart.
 template <class Acc, class T>
 FASTCONV_INLINE Vec<Acc> load_some(const T* p, int64_t n, int64_t step) {
@@ -80,7 +26,7 @@ FASTCONV_INLINE void finish(const RowEpilogue<T>& e, Vec<accumulator_t<T>> z, in
     z = e.per_column ? z + load_some<Acc>(e.shift + i, width, 1) : z + e.shift[0];
   }
   if (e.residual != nullptr) z += load_some<Acc>(e.residual + i * step, width, step);
-  z = activate_vector<Acc>(z, e.activation, e.slope);
+  z = activate_vector(z, e.activation, e.slope);
   if (step != 1) {
     T lanes[L];
     store(lanes, z);

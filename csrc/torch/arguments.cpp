@@ -320,15 +320,18 @@ void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const at::T
                   const at::Tensor& var, const OptionalTensor& bn_weight,
                   const OptionalTensor& bn_bias, const OptionalTensor& residual) {
   check_per_channel(input, sizes.output[1], bn_weight, bn_bias, mean, var);
+  check_residual("conv_bn_relu", residual, SymIntArrayRef(sizes.output.data(), 4), input);
+}
+
+void check_residual(const char* op, const OptionalTensor& residual, SymIntArrayRef size,
+                    const at::Tensor& like) {
   if (!residual) return;
-  const SymIntArrayRef expected(sizes.output.data(), 4);
-  TORCH_CHECK(residual->sym_sizes() == expected,
-              "conv_bn_relu: residual must have the output's size ", size_text(expected),
-              ", but got ", size_text(residual->sym_sizes()));
-  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "conv_bn_relu: residual has type ",
-              residual->scalar_type(), ", but the input has type ", input.scalar_type());
-  TORCH_CHECK(residual->device() == input.device(), "conv_bn_relu: residual is on ",
-              residual->device(), ", but the input is on ", input.device());
+  TORCH_CHECK(residual->sym_sizes() == size, op, ": residual must have the output's size ",
+              size_text(size), ", but got ", size_text(residual->sym_sizes()));
+  TORCH_CHECK(residual->scalar_type() == like.scalar_type(), op, ": residual has type ",
+              residual->scalar_type(), ", but the input has type ", like.scalar_type());
+  TORCH_CHECK(residual->device() == like.device(), op, ": residual is on ", residual->device(),
+              ", but the input is on ", like.device());
 }
 
 Pool2dProblem pool2d_problem(PoolKind kind, at::IntArrayRef input_size, at::IntArrayRef output_size,

@@ -82,6 +82,11 @@ void check_batch_norm(const at::Tensor& input, const OptionalTensor& weight,
                       const OptionalTensor& bias, const OptionalTensor& mean,
                       const OptionalTensor& var, bool training);
 
+// A residual, where there is one, against the output that it is added to: `size`, and the dtype and
+// device of `like`.
+void check_residual(const char* op, const OptionalTensor& residual, c10::SymIntArrayRef size,
+                    const at::Tensor& like);
+
 // The concrete pooling problem; an unbatched input is a batch of one.
 Pool2dProblem pool2d_problem(PoolKind kind, at::IntArrayRef input_size, at::IntArrayRef output_size,
                              DType dtype, bool channels_last);

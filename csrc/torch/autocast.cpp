@@ -42,12 +42,14 @@ struct Autocast {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
       const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
-      SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+      const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+      const OptionalTensor& residual, double eps, SymIntArrayRef stride, SymIntArrayRef padding,
+      SymIntArrayRef dilation, SymInt groups, std::string_view activation, bool recompute) {
     c10::impl::ExcludeDispatchKeyGuard off(
         at::autocast::get_autocast_dispatch_key_from_device_type(device));
-    return ops::conv_bn_training(cast(input), cast(weight), cast(bias), bn_weight, bn_bias, eps,
-                                 stride, padding, dilation, groups);
+    return ops::conv_bn_training(cast(input), cast(weight), cast(bias), bn_weight, bn_bias,
+                                 cast(residual), eps, stride, padding, dilation, groups, activation,
+                                 recompute);
   }
 
   static Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "torch/activation.h"
+#include "torch/geometry.h"
 #include "torch/history.h"
 #include "torch/launch.h"
 #include "torch/node.h"
@@ -19,29 +20,6 @@ namespace {
 using at::Tensor;
 using c10::SymInt;
 using c10::SymIntArrayRef;
-
-// stride, padding, dilation and groups as one value that a node can keep.
-struct Geometry {
-  std::vector<SymInt> stride, padding, dilation;
-  SymInt groups;
-  Geometry() = default;
-  Geometry(SymIntArrayRef s, SymIntArrayRef p, SymIntArrayRef d, const SymInt& g)
-      : stride(s.vec()), padding(p.vec()), dilation(d.vec()), groups(g) {}
-
-  Tensor fprop(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = {}) const {
-    return ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
-  }
-  Tensor dgrad(const Tensor& grad, const Tensor& weight, SymIntArrayRef input_size,
-               bool channels_last) const {
-    return ops::conv2d_dgrad(grad, weight, input_size, stride, padding, dilation, groups,
-                             channels_last);
-  }
-  Tensor wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weight_size,
-               bool channels_last) const {
-    return ops::conv2d_wgrad(grad, input, weight_size, stride, padding, dilation, groups,
-                             channels_last);
-  }
-};
 
 // The tangent of a bilinear f(a, b): f(a', b) + f(a, b').
 template <class F>
@@ -137,7 +115,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
     return ops::conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups)
         .squeeze(0);
   }
-  const bool tangents = has_tangent(input) || has_tangent(weight) || has_tangent(bias);
+  const bool tangents = any_tangent(input, weight, bias);
   const Tensor out = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -205,38 +183,12 @@ Tensor conv2d_bgrad(const Tensor& grad) {
 }
 
 // One kernel where no derivative is asked for; otherwise its differentiable parts.
-Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
-                   const OptionalTensor& bn_bias, const OptionalTensor& residual, double eps,
-                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   SymInt groups, std::string_view activation) {
-  const bool differentiate =
-      torch::autograd::compute_requires_grad(input, weight, bias, bn_weight, bn_bias, residual) ||
-      has_tangent(input) || has_tangent(weight) || has_tangent(bias) || has_tangent(bn_weight) ||
-      has_tangent(bn_bias) || has_tangent(residual);
-  if (!differentiate) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return ops::conv_bn_act(input, weight, bias, mean, var, bn_weight, bn_bias, residual, eps,
-                            stride, padding, dilation, groups, activation);
-  }
-  const Activation act = activation_of(activation);
-  if (input.dim() == 3) {
-    return ops::conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
-                            residual ? OptionalTensor(residual->unsqueeze(0)) : residual, eps,
-                            stride, padding, dilation, groups, activation)
-        .squeeze(0);
-  }
-  Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
-  y = ops::batch_norm_inference(y, bn_weight, bn_bias, mean, var, eps);
-  return apply_activation(residual ? y + *residual : y, act);
-}
-
 Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                              SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
                              SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
   const bool differentiate = torch::autograd::compute_requires_grad(input, weight, bias) ||
-                             has_tangent(input) || has_tangent(weight) || has_tangent(bias);
+                             any_tangent(input, weight, bias);
   if (!differentiate) {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::conv2d_act_max_pool2d(input, weight, bias, stride, padding, dilation, groups,
@@ -247,29 +199,6 @@ Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const Op
   const SymInt one = 1;
   return ops::max_pool2d(apply_activation(y, act), pool_kernel, pool_stride, pool_padding, one,
                          /*ceil_mode=*/false);
-}
-
-// As two operators with a derivative each; below them, one kernel less where a row fits.
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
-    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
-  check_batched("conv_bn_training", input);
-  const bool tangents = has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
-                        has_tangent(bn_weight) || has_tangent(bn_bias);
-  if (tangents || !is_own(input) || !is_own(weight) || aten_is_forced()) {
-    const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
-    const auto [out, mean, var] = ops::batch_norm_training(y, bn_weight, bn_bias, eps);
-    return {out, y, mean, var};
-  }
-  const auto [out, y, mean, var] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return ops::conv_bn_training(input, weight, bias, bn_weight, bn_bias, eps, stride, padding,
-                                 dilation, groups);
-  }();
-  set_conv2d_history(y, input, weight, bias, stride, padding, dilation, groups);
-  set_batch_norm_training_history(out, y, bn_weight, bn_bias, mean, var, eps);
-  return {out, y, mean, var};
 }
 
 }  // namespace
@@ -287,9 +216,7 @@ TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
   m.impl("conv2d_dgrad", &conv2d_dgrad);
   m.impl("conv2d_wgrad", &conv2d_wgrad);
   m.impl("conv2d_bgrad", &conv2d_bgrad);
-  m.impl("conv_bn_act", &conv_bn_act);
   m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
-  m.impl("conv_bn_training", &conv_bn_training);
 }
 
 }  // namespace fastconv

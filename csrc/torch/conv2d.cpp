@@ -418,21 +418,25 @@ const Conv2dKernel* pick_statistics(const Conv2dProblem& p, const Tensor& like) 
   return together <= apart ? row : nullptr;
 }
 
-// batch_norm(conv2d(input)) with the batch's own statistics: output, the convolution's result
-// (which backward needs), mean, biased variance.
+// activation(batch_norm(conv2d(input)) + residual) with the batch's own statistics: output, the
+// convolution's result (which backward needs), mean, biased variance.
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
-    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
+    double eps, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+    SymInt groups, std::string_view activation, bool) {
   check_batched("conv_bn_training", input);
   const auto apart = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
-    const auto [out, mean, var] = ops::batch_norm_training(y, bn_weight, bn_bias, eps);
+    check_residual("conv_bn_relu", residual, y.sym_sizes(), y);
+    const auto [out, mean, var] =
+        ops::batch_norm_training(y, bn_weight, bn_bias, residual, eps, activation);
     return {out, y, mean, var};
   };
   if (!is_own(input) || !is_own(weight) || aten_is_forced()) return apart();
   check_conv2d_ranks(input, weight);
-  check_conv2d(input, weight, bias, stride, padding, dilation, groups);
+  const Conv2dSizes sizes = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
+  check_residual("conv_bn_relu", residual, SymIntArrayRef(sizes.output.data(), 4), input);
   const bool filter_channels_last = suggests_channels_last(weight);
   const bool channels_last = filter_channels_last || suggests_channels_last(input);
   Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
@@ -451,7 +455,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
   };
   check_batch_norm(y, bn_weight, bn_bias, std::nullopt, std::nullopt, /*training=*/true);
   const Tensor out = ops::batch_norm_inference(y, as_statistics(bn_weight), as_statistics(bn_bias),
-                                               mean, var, eps);
+                                               mean, var, residual, eps, activation);
   return {out, y, mean, var};
 }
 

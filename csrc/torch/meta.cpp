@@ -165,8 +165,12 @@ Tensor empty_normalised(const Tensor& input) {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
                                                        const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, double) {
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& residual, double,
+                                                       std::string_view activation) {
+  activation_of(activation);
   check_batch_norm(input, weight, bias, std::nullopt, std::nullopt, /*training=*/true);
+  check_residual("batch_norm", residual, input.sym_sizes(), input);
   const auto statistics = input.options().dtype(accumulator_type(input));
   const auto channels = input.sym_size(1);
   return {empty_normalised(input), at::empty_symint({channels}, statistics),
@@ -175,31 +179,37 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
 
 Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
                             const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                            double) {
+                            const OptionalTensor& residual, double, std::string_view activation) {
+  activation_of(activation);
   check_batch_norm(input, weight, bias, mean, var, /*training=*/false);
+  check_residual("batch_norm", residual, input.sym_sizes(), input);
   return empty_normalised(input);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor&, const Tensor& input,
-                                                       const OptionalTensor& weight,
-                                                       const Tensor& mean, const Tensor&, bool,
-                                                       double, std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor&, const Tensor& input, const OptionalTensor& weight, const OptionalTensor&,
+    const Tensor& mean, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool, double,
+    std::string_view, std::array<bool, 4> output_mask) {
   const auto type = weight ? weight->scalar_type() : mean.scalar_type();
   const auto options = input.options().dtype(type);
   const std::vector<SymInt> channels{input.sym_size(1)};
   const SymIntArrayRef weight_size = weight ? weight->sym_sizes() : SymIntArrayRef(channels);
   return {output_mask[0] ? empty_normalised(input) : Tensor(),
           output_mask[1] ? at::empty_symint(weight_size, options) : Tensor(),
-          output_mask[2] ? at::empty_symint(channels, options) : Tensor()};
+          output_mask[2] ? at::empty_symint(channels, options) : Tensor(),
+          output_mask[3] ? empty_normalised(input) : Tensor()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
-    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
+    double eps, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+    SymInt groups, std::string_view activation, bool) {
   check_batched("conv_bn_training", input);
   const Tensor y = conv2d(input, weight, bias, stride, padding, dilation, std::move(groups));
-  const auto [out, mean, var] = batch_norm_training(y, bn_weight, bn_bias, eps);
+  check_residual("conv_bn_relu", residual, y.sym_sizes(), y);
+  const auto [out, mean, var] =
+      batch_norm_training(y, bn_weight, bn_bias, residual, eps, activation);
   return {out, y, mean, var};
 }
 

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "torch/arguments.h"
 #include "torch/selection.h"
 
 namespace fastconv {
@@ -72,10 +73,31 @@ void set_history(const at::Tensor& out, const N& node) {
 
 inline SavedVariable save(const at::Tensor& t) { return SavedVariable(t, /*is_output=*/false); }
 
+// A tensor that may be absent, kept until backward.
+class SavedTensor {
+ public:
+  void keep(const OptionalTensor& t) {
+    kept_ = t.has_value();
+    if (kept_) variable_ = save(*t);
+  }
+  OptionalTensor unpack() const {
+    return kept_ ? OptionalTensor(variable_.unpack()) : OptionalTensor();
+  }
+  void reset() { variable_.reset_data(); }
+
+ private:
+  bool kept_ = false;
+  SavedVariable variable_;
+};
+
 // Forward-mode derivatives are computed or refused, never dropped: a node alone would yield zeros.
 inline bool has_tangent(const at::Tensor& t) {
   return t.defined() && t._fw_grad(/*level=*/0).defined();
 }
 inline bool has_tangent(const std::optional<at::Tensor>& t) { return t && has_tangent(*t); }
+template <class... Tensors>
+bool any_tangent(const Tensors&... tensors) {
+  return (has_tangent(tensors) || ...);
+}
 
 }  // namespace fastconv

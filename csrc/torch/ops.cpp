@@ -50,10 +50,11 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
-    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups) {
-  FASTCONV_CALL(conv_bn_training, input, weight, bias, bn_weight, bn_bias, eps, stride, padding,
-                dilation, std::move(groups));
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
+    double eps, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+    SymInt groups, std::string_view activation, bool recompute) {
+  FASTCONV_CALL(conv_bn_training, input, weight, bias, bn_weight, bn_bias, residual, eps, stride,
+                padding, dilation, std::move(groups), activation, recompute);
 }
 
 Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -115,22 +116,26 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& grad, SymIntArrayRef input_siz
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
                                                        const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, double eps) {
-  FASTCONV_CALL(batch_norm_training, input, weight, bias, eps);
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& residual, double eps,
+                                                       std::string_view activation) {
+  FASTCONV_CALL(batch_norm_training, input, weight, bias, residual, eps, activation);
 }
 
 Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
                             const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                            double eps) {
-  FASTCONV_CALL(batch_norm_inference, input, weight, bias, mean, var, eps);
+                            const OptionalTensor& residual, double eps,
+                            std::string_view activation) {
+  FASTCONV_CALL(batch_norm_inference, input, weight, bias, mean, var, residual, eps, activation);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
-                                                       const OptionalTensor& weight,
-                                                       const Tensor& mean, const Tensor& var,
-                                                       bool training, double eps,
-                                                       std::array<bool, 3> output_mask) {
-  FASTCONV_CALL(batch_norm_backward, grad, input, weight, mean, var, training, eps, output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& residual, const OptionalTensor& output, bool training, double eps,
+    std::string_view activation, std::array<bool, 4> output_mask) {
+  FASTCONV_CALL(batch_norm_backward, grad, input, weight, bias, mean, var, residual, output,
+                training, eps, activation, output_mask);
 }
 
 }  // namespace fastconv::ops

@@ -35,8 +35,9 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    SymInt groups, std::string_view activation);
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps,
-    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups);
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
+    double eps, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+    SymInt groups, std::string_view activation, bool recompute);
 Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                              SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
@@ -67,14 +68,17 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& grad, SymIntArrayRef input_siz
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
                                                        const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, double eps);
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& residual, double eps,
+                                                       std::string_view activation);
 Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
                             const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                            double eps);
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
-                                                       const OptionalTensor& weight,
-                                                       const Tensor& mean, const Tensor& var,
-                                                       bool training, double eps,
-                                                       std::array<bool, 3> output_mask);
+                            const OptionalTensor& residual, double eps,
+                            std::string_view activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& residual, const OptionalTensor& output, bool training, double eps,
+    std::string_view activation, std::array<bool, 4> output_mask);
 
 }  // namespace fastconv::ops

@@ -20,12 +20,15 @@ TORCH_LIBRARY(fastconv, m) {
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation) -> Tensor");
 
-  // Training: batch_norm(conv2d(input)) with the batch's own statistics. Returns the output, the
-  // convolution's result, mean and biased variance (float32; float64 for float64).
+  // Training: activation(batch_norm(conv2d(input)) + residual) with the batch's own statistics.
+  // Returns the output, the convolution's result, mean and biased variance (float32; float64 for
+  // float64). With recompute, backward convolves again instead of keeping the convolution's result,
+  // which then carries no gradient.
   m.def(
       "conv_bn_training(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, "
-      "Tensor? bn_bias, float eps, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-      "SymInt groups) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] dilation, SymInt groups, str activation, bool recompute) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 
   // Inference of small nets: max_pool2d(activation(conv2d(input))) in one kernel.
   m.def(
@@ -62,14 +65,19 @@ TORCH_LIBRARY(fastconv, m) {
       "adaptive_avg_pool2d_backward(Tensor grad, SymInt[] input_size, bool channels_last) -> "
       "Tensor");
 
-  // Returns output, mean and biased variance (float32; float64 for float64).
+  // activation(batch_norm(input) + residual). Returns output, mean and biased variance (float32;
+  // float64 for float64).
   m.def(
-      "batch_norm_training(Tensor input, Tensor? weight, Tensor? bias, float eps) -> "
-      "(Tensor, Tensor, Tensor)");
+      "batch_norm_training(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "float eps, str activation) -> (Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-      "float eps) -> Tensor");
+      "Tensor? residual, float eps, str activation) -> Tensor");
+  // Gradients of input, weight, bias and residual. Where there is an activation, its derivative is
+  // read off `output` where that is given (relu, relu6 and leaky_relu allow it), else it comes from
+  // the input, the weight, the bias and the residual.
   m.def(
-      "batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var, "
-      "bool training, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor var, Tensor? residual, Tensor? output, bool training, float eps, str activation, "
+      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 }
