@@ -27,9 +27,17 @@ constexpr int kThreads = kNormThreads;
 
 // ---- The second step -----------------------------------------------------------------------
 
+// Blocks that an SM shall have room for; 0 leaves that to ptxas, which now and then spills a
+// register to have one more.
+template <class T, Tail kTail>
+constexpr int kRowBlocks = kTail == Tail::kNone && std::is_same_v<T, double> ? 4 : 0;
+template <Tail kTail>
+constexpr int kPlaneBlocks = kTail == Tail::kNone ? 0 : 4;
+
 // Rows: a thread keeps its channels' coefficients over several rows.
 template <class T, int kVector, bool kDgrad, Tail kTail>
-__global__ void __launch_bounds__(kThreads, kFewest<T, kTail>) batch_norm_rows_kernel(const NormParams t) {
+__global__ void __launch_bounds__(kThreads, kRowBlocks<T, kTail>)
+    batch_norm_rows_kernel(const NormParams t) {
   const int lanes = 1 << t.lanes_log2, rows = kThreads >> t.lanes_log2;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int row_lane = static_cast<int>(threadIdx.x) >> t.lanes_log2;
@@ -54,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kFewest<T, kTail>) batch_norm_rows_k
 // next one: its elements then go one by one, from L1, as those of a last pack that is not full.
 // Planes are no smaller than a pack, so that none spans three.
 template <class T, int kVector, bool kDgrad, Tail kTail>
-__global__ void __launch_bounds__(kThreads, kTail == Tail::kNone ? 0 : 4)
+__global__ void __launch_bounds__(kThreads, kPlaneBlocks<kTail>)
     batch_norm_planes_kernel(const NormParams t) {
   const int64_t elements = t.extent * t.C;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < t.blocks;

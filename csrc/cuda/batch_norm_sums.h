@@ -21,7 +21,9 @@ constexpr int kJoinedChannels = 32;  // of a block of the joining kernel: 8 thre
 // Packs of a tensor that a thread has on their way at once: with a tail a third tensor and z's
 // coefficients ask for registers, and with kAny every element for a switch's worth of code.
 template <Tail kTail>
-constexpr int kTileOf = kTail == Tail::kNone ? 4 : kTail == Tail::kReLU ? 2 : 1;
+constexpr int kTileOf = kTail == Tail::kNone   ? 4
+                        : kTail == Tail::kReLU ? 2
+                                               : 1;
 
 // What sums are kept in. Those of the gradients are of either sign and may come out small, so that
 // float's roundings on the way would show; every fourth addition is one in double, which even cards
