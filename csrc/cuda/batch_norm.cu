@@ -201,10 +201,17 @@ void launch(const BatchNormProblem& p, const BatchNormArgs& a, const Context& co
   if (p.elements() == 0) return;
   const char* name = kDgrad ? kDgradName : kFpropName;
   const BatchNormPlan plan(p);
+  const bool activates = p.activation != Activation::kNone;
   const bool residual = (kDgrad ? a.grad_residual : a.residual) != nullptr;
-  const Tail tail = p.activation == Activation::kReLU               ? Tail::kReLU
-                    : p.activation != Activation::kNone || residual ? Tail::kAny
-                                                                    : Tail::kNone;
+  const Tail active = p.activation == Activation::kReLU ? Tail::kReLU
+                      : activates                       ? Tail::kAny
+                                                        : Tail::kNone;
+  // dgrad's first step writes the residual's gradient, which is dz, and the second reads that
+  // instead of all that dz is made of. Without an activation the first has nothing to add, so that
+  // its sums have the same bits whether that gradient is wanted or not.
+  const bool written = kDgrad && residual && activates;
+  const Tail sums_tail = kDgrad ? active : Tail::kNone;
+  const Tail elements_tail = written ? Tail::kNone : residual && !activates ? Tail::kAny : active;
   dispatch_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kPack = kPackSize<T>;
@@ -222,12 +229,12 @@ void launch(const BatchNormProblem& p, const BatchNormArgs& a, const Context& co
     };
     const auto elements = [&](auto vector, auto tail) {
       NormParams t = parameters_of(p, a, plan, vector);
-      if (a.grad_residual != nullptr) t.grad = a.grad_residual;  // dz already
+      if (written) t.grad = a.grad_residual;
       launch_second_step<T, vector, kDgrad, tail>(name, plan, t, context.stream);
     };
-    if (kDgrad || p.training) dispatch<kPack>(whole, kDgrad ? tail : Tail::kNone, sums);
-    if (a.out == nullptr) return;
-    dispatch<kPack>(packs, a.grad_residual != nullptr ? Tail::kNone : tail, elements);
+    if (kDgrad || p.training) dispatch<kPack>(whole, sums_tail, sums);
+    if (a.out == nullptr && (written || !residual)) return;
+    dispatch<kPack>(packs, elements_tail, elements);
   });
 }
 

@@ -18,7 +18,7 @@ struct NormParams {
   // The one tensor that may lie beside them, or null: the residual, or what `from_output` says.
   const void* beside;
   const void *weight, *bias, *mean_in, *var_in;  // accumulator's type, as the rest
-  void *out, *grad_residual;                     // grad_residual: first step, may be null
+  void *out, *grad_residual;                     // dgrad: either may be null
   void *mean_out, *var_out, *grad_weight, *grad_bias;
   void *first, *second, *pivot, *coefficients;  // workspace; no coefficients: from mean_in, var_in
   int64_t extent, per_slice;                    // BatchNormPlan's
@@ -143,6 +143,11 @@ __device__ inline void second_step(const NormParams& t, int64_t offset, Channel&
     } else {
       y.at[e] = narrow<T>(channel(e).out(t, at, b));
     }
+  }
+  // Without an activation dz is the gradient itself: see launch().
+  if constexpr (kDgrad && kTail == Tail::kAny) {
+    if (t.grad_residual != nullptr) store_pack(static_cast<T*>(t.grad_residual) + offset, dy);
+    if (t.out == nullptr) return;
   }
   store_pack(static_cast<T*>(t.out) + offset, y);
 }

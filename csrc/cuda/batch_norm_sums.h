@@ -146,9 +146,7 @@ __device__ inline accumulator_t<T> centre_of(const NormParams& t, int c, int64_t
 
 // ---- The sums ------------------------------------------------------------------------------
 
-// kTail is dgrad's: the moments are those of the input, whatever follows. Where the residual's
-// gradient is wanted, which is dz, the first step writes it, and the second reads that instead of
-// all that dz is made of.
+// kTail is dgrad's: the moments are those of the input, whatever follows.
 template <class T, int kVector, bool kDgrad, Tail kTail>
 __global__ void __launch_bounds__(kNormThreads) batch_norm_sums_of_rows_kernel(const NormParams t) {
   using A = accumulator_t<T>;
