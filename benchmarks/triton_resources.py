@@ -126,6 +126,17 @@ NORMS = {
     "odd channels": NORM._replace(C=33, H=101),
     "wide": NORM._replace(N=20_000),
 }
+NORM_TAILS = {
+    "fprop": {
+        "residual, relu": NORM._replace(residual=True, activation="relu"),
+        "silu, inference": NORM._replace(training=False, activation="silu"),
+    },
+    "dgrad": {
+        "relu": NORM._replace(activation="relu"),
+        "residual, relu": NORM._replace(activation="relu", output=True, grad_residual=True),
+        "residual, hardswish": NORM._replace(activation="hardswish", residual=True),
+    },
+}
 
 
 def both_layouts(problems: dict) -> dict:
@@ -172,7 +183,7 @@ def problems_of(row: str) -> dict:
     elif row.startswith("adaptive"):
         problems = both_layouts(ADAPTIVES)
     else:
-        problems = both_layouts(NORMS)
+        problems = both_layouts(NORMS | NORM_TAILS[row.rsplit("_", 1)[1]])
         if row.endswith("dgrad"):
             problems["no input gradient"] = NORM._replace(out=False)
     if row.endswith("statistics"):

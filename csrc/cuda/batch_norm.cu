@@ -1,9 +1,10 @@
-// BatchNorm and its gradients.
+// BatchNorm, the residual and the activation behind it, and their gradients.
 //
-// Two sums a channel first: the moments of the input (fprop, training) or the sums of grad and of
-// grad * (input - mean) (dgrad). Blocks sum slices of the data, a small kernel joins the slices and
-// makes each channel's few coefficients, and a last one computes every element from them. Inference
-// is the last one alone.
+// Two sums a channel first: the moments of the input (fprop, training) or the sums of dz and of
+// dz * (input - mean) (dgrad), where dz = grad * activation'(z) is computed on the way. Blocks sum
+// slices of the data, a small kernel joins the slices and makes each channel's few coefficients,
+// and a last one computes every element from them. Inference is the last one alone. A residual and
+// an activation are one tensor more to read, no launch more.
 //
 // Rows (NHWC): a warp spans up to 32 packs of channels of one row and each thread keeps its
 // channels. Planes (NCHW): a block has one channel and its threads split the plane's packs.
@@ -11,6 +12,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cuda/batch_norm.h"
 #include "cuda/batch_norm_sums.h"
 #include "cuda/limits.h"
 #include "cuda/table.h"
@@ -25,60 +27,33 @@ constexpr int kThreads = kNormThreads;
 
 // ---- The second step -----------------------------------------------------------------------
 
-template <class A, bool kDgrad>
-struct Coefficients {
-  A k[kDgrad ? 4 : 3];
-
-  __device__ void load(const NormParams& t, int c) {
-    if (t.coefficients != nullptr) {
-#pragma unroll
-      for (int i = 0; i < (kDgrad ? 4 : 3); ++i) {
-        k[i] = static_cast<const A*>(t.coefficients)[int64_t{t.C} * i + c];
-      }
-    } else if constexpr (!kDgrad) {
-      k[0] = static_cast<const A*>(t.mean_in)[c];
-      k[1] = channel_value<A>(t.weight, c, A(1)) /
-             std::sqrt(static_cast<const A*>(t.var_in)[c] + static_cast<A>(t.eps));
-      k[2] = channel_value<A>(t.bias, c, A(0));
-    }
-  }
-  __device__ A at(bool training, A x, [[maybe_unused]] A dy) const {
-    if constexpr (!kDgrad)
-      return (x - k[0]) * k[1] + k[2];
-    else
-      return training ? ((dy - k[1]) - (x - k[0]) * k[2]) * k[3] : dy * k[3];
-  }
-};
+// Blocks that an SM shall have room for; 0 leaves that to ptxas, which now and then spills a
+// register to have one more.
+template <class T, Tail kTail>
+constexpr int kRowBlocks = kTail == Tail::kNone && std::is_same_v<T, double> ? 4 : 0;
+template <Tail kTail>
+constexpr int kPlaneBlocks = kTail == Tail::kNone ? 0 : 4;
 
 // Rows: a thread keeps its channels' coefficients over several rows.
-template <class T, int kVector, bool kDgrad>
-__global__ void __launch_bounds__(kThreads) batch_norm_rows_kernel(const NormParams t) {
-  using A = accumulator_t<T>;
+template <class T, int kVector, bool kDgrad, Tail kTail>
+__global__ void __launch_bounds__(kThreads, kRowBlocks<T, kTail>)
+    batch_norm_rows_kernel(const NormParams t) {
   const int lanes = 1 << t.lanes_log2, rows = kThreads >> t.lanes_log2;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int row_lane = static_cast<int>(threadIdx.x) >> t.lanes_log2;
-  const T* input = static_cast<const T*>(t.input);
-  const T* grad = static_cast<const T*>(t.grad);
   for (int64_t block = blockIdx.x; block < t.blocks; block += gridDim.x) {
     const Division part = divide(block, t.groups);
     const int c0 = (part.remainder * lanes + lane) * kVector;
     if (c0 >= t.C) continue;
-    Coefficients<A, kDgrad> k[kVector];
+    Coefficients<accumulator_t<T>, kDgrad, kTail> k[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) k[e].load(t, c0 + e);
     const int64_t begin = part.quotient * t.rows_of_block;
     const int64_t end = min(begin + t.rows_of_block, t.extent);
-#pragma unroll 2
+#pragma unroll 1
     for (int64_t row = begin + row_lane; row < end; row += rows) {
-      const int64_t offset = row * t.C + c0;
-      Pack<T, kVector> x = {}, dy = {}, y;
-      if (!kDgrad || t.training) x = load_pack<T, kVector>(input + offset);
-      if constexpr (kDgrad) dy = load_pack<T, kVector>(grad + offset);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        y.at[e] = narrow<T>(k[e].at(t.training, widen(x.at[e]), widen(dy.at[e])));
-      }
-      store_pack(static_cast<T*>(t.out) + offset, y);
+      second_step<T, kVector, kDgrad, kTail>(t, row * t.C + c0,
+                                             [&](int e) -> const auto& { return k[e]; });
     }
   }
 }
@@ -86,12 +61,9 @@ __global__ void __launch_bounds__(kThreads) batch_norm_rows_kernel(const NormPar
 // Planes: a thread takes one pack of the whole tensor. With planes of 7 x 7 a pack may end in the
 // next one: its elements then go one by one, from L1, as those of a last pack that is not full.
 // Planes are no smaller than a pack, so that none spans three.
-template <class T, int kVector, bool kDgrad>
-__global__ void __launch_bounds__(kThreads) batch_norm_planes_kernel(const NormParams t) {
-  using A = accumulator_t<T>;
-  const T* input = static_cast<const T*>(t.input);
-  const T* grad = static_cast<const T*>(t.grad);
-  T* out = static_cast<T*>(t.out);
+template <class T, int kVector, bool kDgrad, Tail kTail>
+__global__ void __launch_bounds__(kThreads, kPlaneBlocks<kTail>)
+    batch_norm_planes_kernel(const NormParams t) {
   const int64_t elements = t.extent * t.C;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < t.blocks;
        i += gridDim.x * int64_t{kThreads}) {
@@ -102,25 +74,18 @@ __global__ void __launch_bounds__(kThreads) batch_norm_planes_kernel(const NormP
         small ? divide(first, static_cast<int>(t.plane)).quotient : first / t.plane;
     const int c = divide(plane, t.C).remainder;
     const int64_t here = (plane + 1) * t.plane - first;  // elements of channel c from `first` on
-    Coefficients<A, kDgrad> k;
+    Coefficients<accumulator_t<T>, kDgrad, kTail> k;
     k.load(t, c);
+    const auto channel = [&](int) -> const auto& { return k; };
     if (kVector == 1 || (here >= kVector && first + kVector <= elements)) {
-      Pack<T, kVector> x = {}, dy = {}, y;
-      if (!kDgrad || t.training) x = load_pack<T, kVector>(input + first);
-      if constexpr (kDgrad) dy = load_pack<T, kVector>(grad + first);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        y.at[e] = narrow<T>(k.at(t.training, widen(x.at[e]), widen(dy.at[e])));
-      }
-      store_pack(out + first, y);
+      second_step<T, kVector, kDgrad, kTail>(t, first, channel);
       continue;
     }
     const int count = static_cast<int>(min(int64_t{kVector}, elements - first));
 #pragma unroll 1
     for (int e = 0; e < count; ++e) {
       if (e == here) k.load(t, c + 1 < t.C ? c + 1 : 0);
-      const T dy = kDgrad ? grad[first + e] : T();
-      out[first + e] = narrow<T>(k.at(t.training, widen(input[first + e]), widen(dy)));
+      second_step<T, 1, kDgrad, kTail>(t, first + e, channel);
     }
   }
 }
@@ -132,11 +97,19 @@ NormParams parameters_of(const BatchNormProblem& p, const BatchNormArgs& a,
   NormParams t = {};
   t.input = a.input;
   t.grad = a.grad;
+  const bool activates = p.activation != Activation::kNone;
+  t.beside = a.residual;
+  if (a.grad != nullptr) {
+    // Without an activation the derivative is 1, and neither z nor the output matters.
+    t.from_output = !activates || (a.output != nullptr && derivative_from_output(p.activation));
+    t.beside = !activates ? nullptr : t.from_output ? a.output : a.residual;
+  }
   t.weight = a.weight;
   t.bias = a.bias;
   t.mean_in = a.mean_in;
   t.var_in = a.var_in;
   t.out = a.out;
+  t.grad_residual = a.grad_residual;
   t.mean_out = a.mean_out;
   t.var_out = a.var_out;
   t.grad_weight = a.grad_weight;
@@ -158,11 +131,13 @@ NormParams parameters_of(const BatchNormProblem& p, const BatchNormArgs& a,
   while (t.lanes_log2 < 5 && (1 << t.lanes_log2) < packs) ++t.lanes_log2;
   t.groups = (packs + (1 << t.lanes_log2) - 1) >> t.lanes_log2;
   t.eps = p.eps;
+  t.slope = p.slope;
+  t.activation = p.activation;
   t.training = p.training;
   return t;
 }
 
-template <class T, int kVector, bool kDgrad>
+template <class T, int kVector, bool kDgrad, Tail kTail>
 void launch_sums(const char* name, const BatchNormPlan& plan, NormParams t, void* stream) {
   using A = accumulator_t<T>;
   t.blocks = plan.slices * (plan.by_rows ? t.groups : t.C);
@@ -170,8 +145,8 @@ void launch_sums(const char* name, const BatchNormPlan& plan, NormParams t, void
   const int64_t shared =
       SharedSums<SumType<A, kDgrad>, kDgrad>(SharedCarver(), kThreads * values).bytes;
   launch_kernel({name, std::min(t.blocks, kMaxBlocks), kThreads, stream, shared},
-                plan.by_rows ? &batch_norm_sums_of_rows_kernel<T, kVector, kDgrad>
-                             : &batch_norm_sums_of_planes_kernel<T, kVector, kDgrad>,
+                plan.by_rows ? &batch_norm_sums_of_rows_kernel<T, kVector, kDgrad, kTail>
+                             : &batch_norm_sums_of_planes_kernel<T, kVector, kDgrad, kTail>,
                 t);
   SharedCarver carve;
   carve.take<double>(kThreads);
@@ -180,12 +155,12 @@ void launch_sums(const char* name, const BatchNormPlan& plan, NormParams t, void
                 &batch_norm_join_kernel<A, kDgrad>, t);
 }
 
-template <class T, int kVector, bool kDgrad>
+template <class T, int kVector, bool kDgrad, Tail kTail>
 void launch_second_step(const char* name, const BatchNormPlan& plan, NormParams t, void* stream) {
   if (!plan.by_rows) {
     t.blocks = (plan.extent * plan.C + kVector - 1) / kVector;
     launch_kernel({name, blocks_for(t.blocks, kThreads), kThreads, stream},
-                  &batch_norm_planes_kernel<T, kVector, kDgrad>, t);
+                  &batch_norm_planes_kernel<T, kVector, kDgrad, kTail>, t);
     return;
   }
   // 8 rows a thread, or 2 while that leaves fewer threads than an H200 holds (270,000).
@@ -194,7 +169,31 @@ void launch_second_step(const char* name, const BatchNormPlan& plan, NormParams 
   t.rows_of_block = row_lanes * (large ? 8 : 2);
   t.blocks = (plan.extent + t.rows_of_block - 1) / t.rows_of_block * t.groups;
   launch_kernel({name, std::min(t.blocks, kMaxBlocks), kThreads, stream},
-                &batch_norm_rows_kernel<T, kVector, kDgrad>, t);
+                &batch_norm_rows_kernel<T, kVector, kDgrad, kTail>, t);
+}
+
+// Calls f(vector, tail) with compile-time constants: packs, or elements one by one, which only what
+// packs cannot take goes through, and which has no code of its own for ReLU.
+template <int kPack, class F>
+void dispatch(bool packs, Tail tail, F&& f) {
+  const auto with = [&](auto vector) {
+    if (tail == Tail::kNone) {
+      f(vector, std::integral_constant<Tail, Tail::kNone>{});
+      return;
+    }
+    if constexpr (decltype(vector)::value > 1) {
+      if (tail == Tail::kReLU) {
+        f(vector, std::integral_constant<Tail, Tail::kReLU>{});
+        return;
+      }
+    }
+    f(vector, std::integral_constant<Tail, Tail::kAny>{});
+  };
+  if (packs) {
+    with(std::integral_constant<int, kPack>{});
+  } else {
+    with(std::integral_constant<int, 1>{});
+  }
 }
 
 template <bool kDgrad>
@@ -202,35 +201,40 @@ void launch(const BatchNormProblem& p, const BatchNormArgs& a, const Context& co
   if (p.elements() == 0) return;
   const char* name = kDgrad ? kDgradName : kFpropName;
   const BatchNormPlan plan(p);
+  const bool activates = p.activation != Activation::kNone;
+  const bool residual = (kDgrad ? a.grad_residual : a.residual) != nullptr;
+  const Tail active = p.activation == Activation::kReLU ? Tail::kReLU
+                      : activates                       ? Tail::kAny
+                                                        : Tail::kNone;
+  // dgrad's first step writes the residual's gradient, which is dz, and the second reads that
+  // instead of all that dz is made of. Without an activation the first has nothing to add, so that
+  // its sums have the same bits whether that gradient is wanted or not.
+  const bool written = kDgrad && residual && activates;
+  const Tail sums_tail = kDgrad ? active : Tail::kNone;
+  const Tail elements_tail = written ? Tail::kNone : residual && !activates ? Tail::kAny : active;
   dispatch_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kPack = kPackSize<T>;
     bool aligned = true;
-    for (const void* tensor : {a.input, a.grad, static_cast<const void*>(a.out)}) {
+    for (const void* tensor :
+         {a.input, a.residual, a.grad, a.output, static_cast<const void*>(a.out),
+          static_cast<const void*>(a.grad_residual)}) {
       aligned = aligned && is_aligned(tensor, kPackBytes);
     }
-    // Calls f(vector) with a compile-time constant: packs, or elements one by one.
-    const auto vectors = [](bool packs, auto f) {
-      if (packs) {
-        f(std::integral_constant<int, kPack>{});
-      } else {
-        f(std::integral_constant<int, 1>{});
-      }
-    };
     const bool whole = aligned && (plan.by_rows ? plan.C : plan.HW) % kPack == 0;
-    if (kDgrad || p.training) {
-      vectors(whole, [&](auto vector) {
-        constexpr int kVector = decltype(vector)::value;
-        const NormParams t = parameters_of(p, a, plan, kVector);
-        launch_sums<T, kVector, kDgrad>(name, plan, t, context.stream);
-      });
-    }
-    if (a.out == nullptr) return;
-    vectors(plan.by_rows ? whole : aligned && plan.HW >= kPack, [&](auto vector) {
-      constexpr int kVector = decltype(vector)::value;
-      const NormParams t = parameters_of(p, a, plan, kVector);
-      launch_second_step<T, kVector, kDgrad>(name, plan, t, context.stream);
-    });
+    const bool packs = plan.by_rows ? whole : aligned && plan.HW >= kPack;
+    const auto sums = [&](auto vector, auto tail) {
+      const NormParams t = parameters_of(p, a, plan, vector);
+      launch_sums<T, vector, kDgrad, kDgrad ? tail : Tail::kNone>(name, plan, t, context.stream);
+    };
+    const auto elements = [&](auto vector, auto tail) {
+      NormParams t = parameters_of(p, a, plan, vector);
+      if (written) t.grad = a.grad_residual;
+      launch_second_step<T, vector, kDgrad, tail>(name, plan, t, context.stream);
+    };
+    if (kDgrad || p.training) dispatch<kPack>(whole, sums_tail, sums);
+    if (a.out == nullptr && (written || !residual)) return;
+    dispatch<kPack>(packs, elements_tail, elements);
   });
 }
 

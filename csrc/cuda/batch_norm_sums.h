@@ -9,38 +9,21 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/batch_norm.h"
-#include "cuda/element.h"
+#include "cuda/batch_norm_element.h"
 #include "cuda/launch.h"
 
 namespace fastconv {
 namespace cuda {
 
 constexpr int kNormThreads = 256;
-constexpr int kTile = 4;             // packs that a thread has on their way at once
 constexpr int kJoinedChannels = 32;  // of a block of the joining kernel: 8 threads to a channel
 
-struct NormParams {
-  const void *input, *grad;
-  const void *weight, *bias, *mean_in, *var_in;  // accumulator's type, as the rest
-  void *out, *mean_out, *var_out, *grad_weight, *grad_bias;
-  void *first, *second, *pivot, *coefficients;  // workspace; no coefficients: from mean_in, var_in
-  int64_t extent, per_slice;                    // BatchNormPlan's
-  int64_t plane_packs;                          // planes, first step: HW / pack size
-  int64_t plane;                                // planes, second step: HW
-  int64_t blocks;                               // of a kernel that strides by the grid; or packs
-  int64_t rows_of_block;                        // second step by rows
-  int slices, C;
-  int groups;      // rows: ceil(packs of channels / lanes)
-  int lanes_log2;  // rows: threads along the packs of channels
-  double eps;
-  bool training;
-};
-
-template <class A>
-__device__ inline A channel_value(const void* values, int c, A when_null) {
-  return values == nullptr ? when_null : static_cast<const A*>(values)[c];
-}
+// Packs of a tensor that a thread has on their way at once: with a tail a third tensor and z's
+// coefficients ask for registers, and with kAny every element for a switch's worth of code.
+template <Tail kTail>
+constexpr int kTileOf = kTail == Tail::kNone   ? 4
+                        : kTail == Tail::kReLU ? 2
+                                               : 1;
 
 // What sums are kept in. Those of the gradients are of either sign and may come out small, so that
 // float's roundings on the way would show; every fourth addition is one in double, which even cards
@@ -86,8 +69,11 @@ __device__ inline void add_values(Sums<A, kDgrad>& sums, A centre, X&& x, G&& gr
     constexpr int kRun = kCount < 4 ? kCount : 4;
 #pragma unroll
     for (int from = 0; from < kCount; from += kRun) {
-      sums.first += sum_of<kRun>([&](int i) { return grad(from + i); });
-      sums.second += sum_of<kRun>([&](int i) { return grad(from + i) * (x(from + i) - centre); });
+      A dz[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) dz[i] = grad(from + i);
+      sums.first += sum_of<kRun>([&](int i) { return dz[i]; });
+      sums.second += sum_of<kRun>([&](int i) { return dz[i] * (x(from + i) - centre); });
     }
   } else {
     const A mean = sum_of<kCount>([&](int i) { return x(i) - centre; }) * (A(1) / kCount);
@@ -160,9 +146,11 @@ __device__ inline accumulator_t<T> centre_of(const NormParams& t, int c, int64_t
 
 // ---- The sums ------------------------------------------------------------------------------
 
-template <class T, int kVector, bool kDgrad>
+// kTail is dgrad's: the moments are those of the input, whatever follows.
+template <class T, int kVector, bool kDgrad, Tail kTail>
 __global__ void __launch_bounds__(kNormThreads) batch_norm_sums_of_rows_kernel(const NormParams t) {
   using A = accumulator_t<T>;
+  constexpr int kTile = kTileOf<kTail>;
   const int lanes = 1 << t.lanes_log2, rows = kNormThreads >> t.lanes_log2;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int row_lane = static_cast<int>(threadIdx.x) >> t.lanes_log2;
@@ -175,26 +163,43 @@ __global__ void __launch_bounds__(kNormThreads) batch_norm_sums_of_rows_kernel(c
     const int64_t end = mine ? min(begin + t.per_slice, t.extent) : begin;
     const T* input = static_cast<const T*>(t.input) + c0;
     const T* grad = static_cast<const T*>(t.grad) + c0;
+    const T* beside = static_cast<const T*>(t.beside) + (t.beside == nullptr ? 0 : c0);
 
     Sums<A, kDgrad> sums[kVector];
     A centre[kVector];
+    Derivative<A, kTail> derivative[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
       centre[e] = mine ? centre_of<T, kDgrad>(t, c0 + e, c0 + e) : A(0);
+      if (mine) derivative[e].load(t, c0 + e);
     }
     const auto add_tile = [&](int64_t row, auto count) {
       constexpr int kCount = decltype(count)::value;
-      Pack<T, kVector> x[kCount], dy[kCount] = {};
+      Pack<T, kVector> x[kCount], dy[kCount] = {}, b[kCount] = {};
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        x[i] = load_pack<T, kVector>(input + (row + i * rows) * t.C);
-        if constexpr (kDgrad) dy[i] = load_pack<T, kVector>(grad + (row + i * rows) * t.C);
+        const int64_t offset = (row + i * rows) * t.C;
+        x[i] = load_pack<T, kVector>(input + offset);
+        if constexpr (kDgrad) dy[i] = load_pack<T, kVector>(grad + offset);
+        if constexpr (kTail != Tail::kNone) {
+          if (t.beside != nullptr) b[i] = load_pack<T, kVector>(beside + offset);
+        }
       }
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        add_values<kCount>(
-            sums[e], centre[e], [&](int i) { return widen(x[i].at[e]); },
-            [&](int i) { return widen(dy[i].at[e]); });
+        const auto x_at = [&](int i) { return widen(x[i].at[e]); };
+        add_values<kCount>(sums[e], centre[e], x_at, [&](int i) {
+          const A dz =
+              derivative[e].at(t, x_at(i) - centre[e], widen(dy[i].at[e]), widen(b[i].at[e]));
+          b[i].at[e] = narrow<T>(dz);
+          return dz;
+        });
+      }
+      if (kTail != Tail::kNone && t.grad_residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          store_pack(static_cast<T*>(t.grad_residual) + c0 + (row + i * rows) * t.C, b[i]);
+        }
       }
     };
     int64_t row = begin + row_lane;
@@ -214,10 +219,11 @@ __global__ void __launch_bounds__(kNormThreads) batch_norm_sums_of_rows_kernel(c
 }
 
 // A block sums slice blockIdx / C of channel blockIdx % C: packs of the channel's planes, in order.
-template <class T, int kVector, bool kDgrad>
+template <class T, int kVector, bool kDgrad, Tail kTail>
 __global__ void __launch_bounds__(kNormThreads)
     batch_norm_sums_of_planes_kernel(const NormParams t) {
   using A = accumulator_t<T>;
+  constexpr int kTile = kTileOf<kTail>;
   for (int64_t block = blockIdx.x; block < t.blocks; block += gridDim.x) {
     const Division part = divide(block, t.C);
     const int slice = static_cast<int>(part.quotient), c = part.remainder;
@@ -230,15 +236,23 @@ __global__ void __launch_bounds__(kNormThreads)
 
     Sums<A, kDgrad> sums[1];
     const A centre = centre_of<T, kDgrad>(t, c, c * t.plane_packs * kVector);
+    Derivative<A, kTail> derivative;
+    derivative.load(t, c);
     const auto add_tile = [&](auto count) {
       constexpr int kCount = decltype(count)::value;
-      Pack<T, kVector> x[kCount], dy[kCount] = {};
+      Pack<T, kVector> x[kCount], dy[kCount] = {}, b[kCount] = {};
+      int64_t offset[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const int64_t offset = ((n * t.C + c) * t.plane_packs + within) * kVector;
-        x[i] = load_pack<T, kVector>(static_cast<const T*>(t.input) + offset);
+        offset[i] = ((n * t.C + c) * t.plane_packs + within) * kVector;
+        x[i] = load_pack<T, kVector>(static_cast<const T*>(t.input) + offset[i]);
         if constexpr (kDgrad) {
-          dy[i] = load_pack<T, kVector>(static_cast<const T*>(t.grad) + offset);
+          dy[i] = load_pack<T, kVector>(static_cast<const T*>(t.grad) + offset[i]);
+        }
+        if constexpr (kTail != Tail::kNone) {
+          if (t.beside != nullptr) {
+            b[i] = load_pack<T, kVector>(static_cast<const T*>(t.beside) + offset[i]);
+          }
         }
         n += planes_on;
         within += packs_on;
@@ -248,9 +262,20 @@ __global__ void __launch_bounds__(kNormThreads)
         }
       }
       pack += kCount * kNormThreads;
-      add_values<kCount * kVector>(
-          sums[0], centre, [&](int i) { return widen(x[i / kVector].at[i % kVector]); },
-          [&](int i) { return widen(dy[i / kVector].at[i % kVector]); });
+      const auto x_at = [&](int i) { return widen(x[i / kVector].at[i % kVector]); };
+      add_values<kCount * kVector>(sums[0], centre, x_at, [&](int i) {
+        T& beside = b[i / kVector].at[i % kVector];
+        const A dz = derivative.at(t, x_at(i) - centre, widen(dy[i / kVector].at[i % kVector]),
+                                   widen(beside));
+        beside = narrow<T>(dz);
+        return dz;
+      });
+      if (kTail != Tail::kNone && t.grad_residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          store_pack(static_cast<T*>(t.grad_residual) + offset[i], b[i]);
+        }
+      }
     };
 #pragma unroll 1
     while (pack + (kTile - 1) * kNormThreads < end) add_tile(std::integral_constant<int, kTile>{});
@@ -283,9 +308,10 @@ __device__ inline double sum_slices(const NormParams& t, double* shared, F&& ter
   return sum;
 }
 
-// fprop: y = (x - mean) * scale + shift. The part of the mean that A cannot hold goes into the
-// shift: with a mean of 1e4 it is worth 5e-4.
-// dgrad: dx = ((dy - mean of dy) - (x - mean) * slope) * scale; in inference dy * scale.
+// fprop: z = (x - mean) * scale + shift. The part of the mean that A cannot hold goes into the
+// shift: with a mean of 1e4 it is worth 5e-4. Where an activation follows, dgrad computes z again
+// from the mean and variance as they are stored, so that fprop does, too.
+// dgrad: dx = ((dz - mean of dz) - (x - mean) * slope) * scale; in inference dz * scale.
 template <class A, bool kDgrad>
 __global__ void __launch_bounds__(kNormThreads) batch_norm_join_kernel(const NormParams t) {
   double* shared = SharedCarver(shared_memory()).take<double>(kNormThreads);
@@ -321,14 +347,17 @@ __global__ void __launch_bounds__(kNormThreads) batch_norm_join_kernel(const Nor
         const double mean = static_cast<double>(static_cast<const A*>(t.pivot)[c]) + above_pivot;
         const double scale = static_cast<double>(channel_value<A>(t.weight, c, A(1))) /
                              std::sqrt(m2 / count + t.eps);
-        const A rounded = static_cast<A>(mean);
+        const A rounded = static_cast<A>(mean), var = static_cast<A>(m2 / count);
+        const A bias = channel_value<A>(t.bias, c, A(0));
+        const bool again = t.activation != Activation::kNone;
         static_cast<A*>(t.mean_out)[c] = rounded;
-        static_cast<A*>(t.var_out)[c] = static_cast<A>(m2 / count);
+        static_cast<A*>(t.var_out)[c] = var;
         coefficient[0] = rounded;
-        coefficient[int64_t{t.C}] = static_cast<A>(scale);
+        coefficient[int64_t{t.C}] = again ? scale_of(t, c, var) : static_cast<A>(scale);
         coefficient[int64_t{t.C} * 2] =
-            static_cast<A>(static_cast<double>(channel_value<A>(t.bias, c, A(0))) -
-                           (mean - static_cast<double>(rounded)) * scale);
+            again ? bias
+                  : static_cast<A>(static_cast<double>(bias) -
+                                   (mean - static_cast<double>(rounded)) * scale);
       }
     } else {
       const double sum = sum_slices(

@@ -50,7 +50,9 @@ void visit_pointers(const Pool2dArgs& a, Visitor& visit) {
 template <class Visitor>
 void visit_pointers(const BatchNormArgs& a, Visitor& visit) {
   visit("input", a.input);
+  visit("residual", a.residual);
   visit("grad", a.grad);
+  visit("output", a.output);
   visit("weight", a.weight);
   visit("bias", a.bias);
   visit("mean_in", a.mean_in);
@@ -58,6 +60,7 @@ void visit_pointers(const BatchNormArgs& a, Visitor& visit) {
   visit("mean_out", a.mean_out);
   visit("var_out", a.var_out);
   visit("out", a.out);
+  visit("grad_residual", a.grad_residual);
   visit("grad_weight", a.grad_weight);
   visit("grad_bias", a.grad_bias);
 }
@@ -127,9 +130,14 @@ void visit_problem(const BatchNormProblem& p, const BatchNormArgs& args, Visitor
   visit("training", p.training);
   visit("dtype", name_of(p.dtype));
   visit("layout", name_of(p.layout));
+  visit("activation", name_of(p.activation));
+  visit("slope", p.slope);
   visit("weight", args.weight != nullptr);
   visit("bias", args.bias != nullptr);
+  visit("residual", args.residual != nullptr);
+  visit("output", args.output != nullptr);
   visit("out", args.out != nullptr);
+  visit("grad_residual", args.grad_residual != nullptr);
   visit("aligned", aligned(args));
 }
 

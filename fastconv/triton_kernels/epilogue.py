@@ -30,6 +30,26 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def activation_gradient(grad, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """grad * activate'(z). At the kinks as torch's; an infinite gradient ends at a flat piece."""
+    if ACTIVATION == "relu":
+        grad = tl.where(z <= 0, 0.0, grad)
+    elif ACTIVATION == "relu6":
+        grad = tl.where((z <= 0) | (z >= 6), 0.0, grad)
+    elif ACTIVATION == "leaky_relu":
+        grad = tl.where(z > 0, grad, grad * SLOPE)
+    elif ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        grad *= s * (1.0 + z * (1.0 - s))
+    elif ACTIVATION == "hardswish":
+        grad = tl.where(z < -3, 0.0, tl.where(z <= 3, grad * (z / 3.0 + 0.5), grad))
+    elif ACTIVATION == "sigmoid":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        grad *= s * (1.0 - s)
+    return grad
+
+
+@triton.jit
 def scaled(total, scale, shift, k, filters, SCALE: tl.constexpr, SHIFT: tl.constexpr):
     """scale * total + shift; `k` are the columns' filters, of which `filters` exist."""
     if SCALE:

@@ -84,9 +84,14 @@ class BatchNormProblem(NamedTuple):
     training: bool = True
     dtype: str = "float32"
     layout: str = "NCHW"
+    activation: str = "none"
+    slope: float = 0.01  # of "leaky_relu"
     weight: bool = True  # absent: ones
     bias: bool = True  # absent: zeros
+    residual: bool = False  # in backward: to compute the activation's argument again
+    output: bool = False  # backward: of forward, to take the activation's derivative from
     out: bool = True  # in backward: whether the input's gradient is wanted
+    grad_residual: bool = False  # backward: whether the residual's gradient is wanted
     aligned: bool = True
 
 

@@ -6,7 +6,8 @@ from triton.runtime.errors import OutOfResources
 from fastconv import _extension
 from fastconv.triton_kernels import (
     avg_pool2d,
-    batch_norm,
+    batch_norm_dgrad,
+    batch_norm_fprop,
     conv1x1,
     conv2d_bgrad,
     conv2d_depthwise,
@@ -29,7 +30,8 @@ _MODULES = (
     conv2d_bgrad,
     max_pool2d,
     avg_pool2d,
-    batch_norm,
+    batch_norm_fprop,
+    batch_norm_dgrad,
 )
 
 ROWS: dict[str, Row] = {row.name: row for module in _MODULES for row in module.ROWS}
