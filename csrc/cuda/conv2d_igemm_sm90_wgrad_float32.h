@@ -43,8 +43,7 @@ struct Float32Tile : TileShape<float, kRows, kChunks> {
   // Three, so that the consumers need not be at the same step.
   static constexpr int kTurned = 3;
   // 224 of 227 KiB in the largest. A stage is free again when its dy is in registers.
-  static constexpr int kFit =
-      (224 * 1024 - kTurned * kTurnedStage) / (Shape::kGradBytes + Shape::kInputBytes);
+  static constexpr int kFit = (224 * 1024 - kTurned * kTurnedStage) / Shape::kStageBytes;
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static_assert(kStages >= 4, "a copy's latency is two steps or three");
   static_assert(Shape::kSums <= 64, "as many again in the tensor cores, and dy's values");
@@ -121,8 +120,8 @@ __device__ inline void turn(const Params& t, const Float32Memory<Tile>& memory, 
       ptx::mbarrier_wait(ptx::shared_address(memory.full + ring.stage), ring.parity);
       ptx::mbarrier_wait(ptx::shared_address(memory.turned_empty + turned.stage),
                          turned.parity ^ 1);
-      turn_step<Tile>(memory.input + ring.stage * Tile::kInputBytes,
-                      memory.turned + turned.stage * Tile::kTurnedStage, turner, boxes);
+      turn_step<Tile>(memory.input(ring.stage), memory.turned + turned.stage * Tile::kTurnedStage,
+                      turner, boxes);
       ptx::fence_proxy_async();  // what wgmma reads was stored in the ordinary way
       __syncwarp();
       if (threadIdx.x % 32 == 0) {
@@ -220,7 +219,7 @@ __device__ inline void multiply(const Float32Memory<Tile>& memory, int consumer,
   GradValues<Tile> values;
   const auto load = [&] {
     ptx::mbarrier_wait(ptx::shared_address(memory.full + ring.stage), ring.parity);
-    values.load(memory.grad + ring.stage * Tile::kGradBytes, consumer);
+    values.load(memory.grad(ring.stage), consumer);
   };
   load();
   for (int step = 0; step < steps; ++step) {
@@ -282,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   meet(t.cluster);
   ptx::griddepcontrol_launch_dependents();  // wgrad_reduce_kernel() waits for the end
   if (threadIdx.x < 128) {
-    ptx::setmaxnreg_dec<80>();
+    ptx::setmaxnreg_dec<72>();
     if (threadIdx.x >= 32) {
       turn(t, memory, rank, worker);
     } else if (ptx::elect_one()) {

@@ -24,7 +24,7 @@ template <class T, int kRows, int kChunks>
 struct BlockTile : TileShape<T, kRows, kChunks> {
   using Shape = TileShape<T, kRows, kChunks>;
   // 200 of 227 KiB: four stages of 48, five of 40, six of 32; more than eight hide nothing more.
-  static constexpr int kFit = 200 * 1024 / (Shape::kGradBytes + Shape::kInputBytes);
+  static constexpr int kFit = 200 * 1024 / Shape::kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static_assert(kStages >= 4, "a copy's latency is a few steps");
   static_assert(Shape::kSums <= 128, "240 registers a thread");
@@ -44,14 +44,14 @@ __device__ inline void multiply(const Memory<Tile>& memory, int consumer, int st
   constexpr int kDepth = 16, kDepthBytes = kDepth * 128;
   constexpr int kOwnInput = Tile::kTall ? 0 : Tile::kOwnChunks * Tile::kBoxBytes;
   const uint32_t grad =
-      ptx::shared_address(memory.grad) + (Tile::kTall ? consumer * Tile::kBoxBytes : 0);
-  const uint32_t input = ptx::shared_address(memory.input) + consumer * kOwnInput;
+      ptx::shared_address(memory.grad(0)) + (Tile::kTall ? consumer * Tile::kBoxBytes : 0);
+  const uint32_t input = ptx::shared_address(memory.input(0)) + consumer * kOwnInput;
   int previous = 0;
   ptx::wgmma_fence_registers(sums);
   for (int step = 0; step < steps; ++step) {
     ptx::mbarrier_wait(ptx::shared_address(memory.full + ring.stage), ring.parity);
-    const uint32_t a = grad + ring.stage * Tile::kGradBytes;
-    const uint32_t b = input + ring.stage * Tile::kInputBytes;
+    const uint32_t a = grad + ring.stage * Tile::kStageBytes;
+    const uint32_t b = input + ring.stage * Tile::kStageBytes;
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Tile::kStep / kDepth; ++k) {

@@ -31,6 +31,7 @@ struct TileShape {
   static constexpr int kRowBoxes = kRows / kBoxChannels, kChunkBoxes = kChunk / kBoxChannels;
   static constexpr int kGradBytes = kRowBoxes * kBoxBytes;
   static constexpr int kInputBytes = kChunks * kChunkBoxes * kBoxBytes;
+  static constexpr int kStageBytes = kGradBytes + kInputBytes;
   static_assert(kRows == 128 || kRows == 64, "64 for each consumer, or the same for both");
   static_assert(kTall || kChunks % kConsumers == 0, "whole chunks for each");
   static_assert(kHalfBoxBytes % 1024 == 0, "the swizzle's pattern");
@@ -40,13 +41,15 @@ struct TileShape {
 template <class Tile>
 struct Memory {
   uint64_t *full, *empty;
-  unsigned char *grad, *input;
+  unsigned char* stages;  // [kStages]: dy, x
 
   FASTCONV_HOST_DEVICE explicit Memory(SharedCarver& carve)
       : full(carve.take<uint64_t>(Tile::kStages, 8)),
         empty(carve.take<uint64_t>(Tile::kStages, 8)),
-        grad(carve.take<unsigned char>(Tile::kStages * Tile::kGradBytes, 1024)),
-        input(carve.take<unsigned char>(Tile::kStages * Tile::kInputBytes, 1024)) {}
+        stages(carve.take<unsigned char>(Tile::kStages * Tile::kStageBytes, 1024)) {}
+
+  __device__ unsigned char* grad(int stage) const { return stages + stage * Tile::kStageBytes; }
+  __device__ unsigned char* input(int stage) const { return grad(stage) + Tile::kGradBytes; }
 };
 
 // Where a ring's user stands: the stage, and the parity of its round.
@@ -155,8 +158,8 @@ struct Producer {
         const uint32_t full = ptx::shared_address(memory.full + ring.stage);
         ptx::mbarrier_wait(ptx::shared_address(memory.empty + ring.stage), ring.parity ^ 1);
         ptx::mbarrier_arrive_expect_tx(full, bytes);
-        copy_grad(ptx::shared_address(memory.grad + ring.stage * Tile::kGradBytes), full);
-        copy_input(ptx::shared_address(memory.input + ring.stage * Tile::kInputBytes), full);
+        copy_grad(ptx::shared_address(memory.grad(ring.stage)), full);
+        copy_input(ptx::shared_address(memory.input(ring.stage)), full);
         grad_pixel += Tile::kStep;
         input_pixel += Tile::kStep;
         advance(pixel, t.step, t.conv.P, t.conv.Q);
