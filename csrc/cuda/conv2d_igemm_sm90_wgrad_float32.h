@@ -107,6 +107,7 @@ __device__ inline void turn_step(const unsigned char* input, unsigned char* turn
   }
 }
 
+// The consumers hand a stage back: what they multiply by then was turned before.
 template <class Tile>
 __device__ inline void turn(const Params& t, const Float32Memory<Tile>& memory, int rank,
                             int64_t worker) {
@@ -127,7 +128,6 @@ __device__ inline void turn(const Params& t, const Float32Memory<Tile>& memory, 
       if (threadIdx.x % 32 == 0) {
         ptx::mbarrier_arrive(ptx::shared_address(memory.turned_full + turned.stage));
       }
-      release(memory, ring.stage, t.cluster);
       ring.advance(Tile::kStages);
       turned.advance(Tile::kTurned);
     }
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::tma_prefetch_map(&grad_map);
     ptx::tma_prefetch_map(&input_map);
-    init_ring(memory, (kConsumers * 4 + kTurners) * t.cluster);
+    init_ring(memory, kConsumers * 4 * t.cluster);
     for (int i = 0; i < Tile::kTurned; ++i) {
       ptx::mbarrier_init(ptx::shared_address(memory.turned_full + i), kTurners);
       ptx::mbarrier_init(ptx::shared_address(memory.turned_empty + i), kConsumers * 4);
