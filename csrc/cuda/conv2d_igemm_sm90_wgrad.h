@@ -2,10 +2,10 @@
 // who sums which pixels. All of it follows from the problem alone, as the bits of the result must.
 //
 // The product: rows are filters, columns are chunks of 64 channels of one tap (r, s), and the sum
-// runs over the pixels in steps of 64, of float32 32. Such a step's boxes are 128 bytes of each
-// pixel, what a swizzled row holds: a chunk, of float32 half of one.
-// A tile takes any neighbouring chunks, so that 64 channels of a 3x3 filter, 9 chunks, are three
-// full tiles of three, and dy is read once for three taps.
+// runs over the pixels in steps of 64, of float32 32. A box that is copied has 128 bytes of each of
+// a step's pixels, what a swizzled row holds: a chunk, of float32 half of one. A tile takes any
+// neighbouring chunks, so that 64 channels of a 3x3 filter, 9 chunks, are three full tiles of
+// three, and dy is read once for three taps.
 //
 // Narrow groups are merged until they fill a chunk: of a tile's products those between different
 // groups are thrown away, which at 4 channels a group still leaves 128 multiply-adds a cycle and

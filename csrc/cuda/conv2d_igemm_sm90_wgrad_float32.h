@@ -42,7 +42,7 @@ struct Float32Tile : TileShape<float, kRows, kChunks> {
   static constexpr int kTurnedStage = kTurnedBytes * (kTerms == 3 ? 2 : 1);
   // Three, so that the consumers need not be at the same step.
   static constexpr int kTurned = 3;
-  // 224 of 227 KiB in the largest. A stage is free again when its dy is in registers.
+  // 224 of 227 KiB in the largest. A stage is free again once its products are issued.
   static constexpr int kFit = (224 * 1024 - kTurned * kTurnedStage) / Shape::kStageBytes;
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static_assert(kStages >= 4, "a copy's latency is two steps or three");
