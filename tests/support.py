@@ -289,11 +289,11 @@ SANITIZED = os.environ.get("FASTCONV_EMULATOR_SANITIZE", "0") not in ("", "0")
 
 def seeds() -> tuple[int, ...]:
     """Schedules that the running test shows an emulated kernel: all three in float32, on tensor
-    cores in float32 and NHWC, and where FASTCONV_EVERY_SEED is set (`make test-all`), else one that
-    its name decides."""
+    cores in float32 and NHWC of integers (random numbers meet the same barriers), and where
+    FASTCONV_EVERY_SEED is set (`make test-all`), else one that its name decides."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]
     slow = TENSOR_CORES.search(test)
-    telling = "float32-NHWC-NHWC" if slow else "float32"
+    telling = "integers_are_exact[float32-NHWC-NHWC" if slow else "float32"
     everything = os.environ.get("FASTCONV_EVERY_SEED")
     if everything or (telling in test and not (slow and SANITIZED)):
         return SEEDS

@@ -115,9 +115,11 @@ LONG = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_long_sums_keep_the_contract(row, dtype, layout):
     shapes = LONG
-    if support.is_interpreted(row):
-        if dtype is not torch.float32:
-            return  # tl.dot is NumPy's matmul there, in float32 for every dtype but float64
+    if support.is_interpreted(row) and dtype is not torch.float32:
+        return  # tl.dot is NumPy's matmul there, in float32 for every dtype but float64
+    if support.is_slow(row):
+        if layout == "NCHW" and not support.is_interpreted(row):
+            return  # on tensor cores such tensors are copied into the other layout
         # The one whose sums are long in this direction.
         which = {"fprop": 0, "dgrad": 1, "wgrad": 2, "bgrad": 2}[row.direction]
         shapes = LONG[which : which + 1]
@@ -132,8 +134,10 @@ def test_the_same_call_gives_the_same_bits(row, layout):
     def judge(first, case):
         return "" if torch.equal(first, run_row(row, case, (layout, layout))) else "other bits"
 
+    # Of a slow row run_row() has compared the bits of several schedules.
+    shapes = RANDOM_SHAPES[::4] if support.TENSOR_CORES.search(row.name) else RANDOM_SHAPES
     with fastconv.kernel(row.name):  # for judge's own call
-        check(row, "normal", torch.float32, (layout, layout), RANDOM_SHAPES, judge)
+        check(row, "normal", torch.float32, (layout, layout), shapes, judge)
 
 
 def touched(shape, bad_input, bad_grad, direction):

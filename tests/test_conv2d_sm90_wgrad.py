@@ -1,6 +1,7 @@
 """conv2d_igemm_sm90_wgrad beyond what test_conv2d_kernels.py asks of every row: each tile, what two
-blocks share, how sums are cut, merged groups, 16-bit NaN and infinity, and what it refuses."""
+blocks share, how sums are cut, merged groups, NaN and infinity, and what it refuses."""
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -57,14 +58,41 @@ PLANS = {
 }
 
 
+# float32, of which TF32 has one product of each number and tiles of its own preferences. The one
+# named so is shown every schedule: its rings of four and three stages go round.
+FLOAT32_PLANS = {
+    "128 x 128, float32": (shape("", 1, 72, 14, 16, 1024, 3, 3), 72, 1),
+    "64 x 128, parts": (shape("", 2, 512, 9, 8, 4, 1, 1), 20, 1),
+    "64 x 128, cut anywhere": (shape("", 32, 72, 9, 5, 136, 3, 3), 122, 1),
+    "TF32, 128 x 128, dy shared": (shape("", 1, 256, 10, 16, 512, 3, 3), 72, 2),
+    "TF32, 128 x 64, dy shared, parts": (shape("", 1, 4, 4, 12, 4, 1, 1), 4, 2),
+    "TF32, 128 x 64, x shared, parts": (shape("", 1, 4, 4, 12, 136, 1, 1), 4, 2),
+    "TF32, 128 x 64, x shared": (shape("", 1, 256, 10, 16, 4, 3, 3), 72, 2),
+}
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_every_tile_share_and_cut_is_exact(row, name):
     problem, blocks, cluster = PLANS[name]
     dtype = torch.float16 if "dy" in name else torch.bfloat16
-    case = ConvCase(problem, "integers", dtype)
-    layouts = ("NHWC", "NCHW" if "ten" in name else "NHWC")
+    filter_layout = "NCHW" if "ten" in name else "NHWC"
+    check_plan(row, ConvCase(problem, "integers", dtype), filter_layout, blocks, cluster)
+
+
+@pytest.mark.parametrize("name", FLOAT32_PLANS)
+def test_every_tile_share_and_cut_in_32_bits_is_exact(row, name):
+    problem, blocks, cluster = FLOAT32_PLANS[name]
+    allowed = fastconv.emulator.tf32() if "TF32" in name else contextlib.nullcontext()
+    filter_layout = "NCHW" if "dy" in name else "NHWC"
+    case = ConvCase(problem, "integers", torch.float32)
+    with allowed:
+        check_plan(row, case, filter_layout, blocks, cluster)
+
+
+def check_plan(row, case, filter_layout, blocks, cluster):
+    problem = case.shape
     with fastconv.emulator.launches() as log:
-        got, reason = run(row, case, layouts)
+        got, reason = run(row, case, ("NHWC", filter_layout))
     assert not reason
     x, w, grad = case.input.float(), case.weight.float(), case.grad.float()
     want = torch.nn.grad.conv2d_weight(x, w.shape, grad, **problem.options)  # small integers
@@ -94,7 +122,9 @@ def test_groups(row, problem, layout):
         assert not exact_failure(got, case.reference["wgrad"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=support.name_of)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=support.name_of
+)
 @pytest.mark.parametrize(
     "problem",
     [

@@ -1,5 +1,6 @@
 // The row of Hopper's filter gradient: copies of tensors that TMA cannot read, tensor maps, the
-// launch of a tile's kernel (conv2d_igemm_sm90_wgrad_kernel.h), and the sum over splits.
+// launch of a tile's kernel for 16-bit elements (conv2d_igemm_sm90_wgrad_kernel.h), and the sum
+// over splits. float32 has a kernel and a file of its own.
 #include <string>
 
 #include "cuda/conv2d_igemm_sm90_wgrad_kernel.h"
@@ -42,31 +43,45 @@ struct Workspace {
   }
 };
 
-CUtensorMapDataType map_type(DType dtype) {
-  return dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+CUtensorMapDataType map_type(const Conv2dProblem& p) {
+  if (p.dtype == DType::kFloat16) return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  if (p.dtype == DType::kBFloat16) return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // TFLOAT32 rounds as it loads; 3xTF32 splits for itself.
+  return p.tf32 ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
 }
 
-// [pixels][channels], boxes of 64 channels. Pixels behind the last are zeros: whatever the other
-// operand has there (zeros too) adds nothing.
-TiledMap pixels_map(DType dtype, const void* base, int64_t pixels, int64_t channels, bool shared) {
-  TiledMap map = {map_type(dtype), base, 2, {channels, pixels}, {1, channels}, {}};
-  map.box[0] = kChunk;
-  map.box[1] = shared ? kHalf : kStep;
+// Channels and pixels of a box. Two blocks that share one copy half of its pixels each.
+struct Box {
+  int channels, pixels;
+};
+Box box_of(DType dtype, bool shared) {
+  const int step = step_pixels(size_of(dtype));
+  return {step, shared ? step / kPair : step};
+}
+
+// [pixels][channels], boxes of 128 bytes of channels. Pixels behind the last are zeros: whatever
+// the other operand has there (zeros too) adds nothing.
+TiledMap pixels_map(const Conv2dProblem& p, const void* base, int64_t channels, bool shared) {
+  const int64_t pixels = p.N * p.P() * p.Q();
+  const Box box = box_of(p.dtype, shared);
+  TiledMap map = {map_type(p), base, 2, {channels, pixels}, {1, channels}, {}};
+  map.box[0] = box.channels;
+  map.box[1] = box.pixels;
   map.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
   return map;
 }
 
 Im2colMap windows_map(const Conv2dProblem& p, const void* base, int64_t channels, bool shared) {
-  Im2colMap map = {map_type(p.dtype),
+  const Box box = box_of(p.dtype, shared);
+  Im2colMap map = {map_type(p),
                    base,
                    {channels, p.W, p.H, p.N},
                    {1, channels, p.W * channels, p.H * p.W * channels},
                    {to_int(-p.pad_w), to_int(-p.pad_h)},
                    {to_int(p.pad_w - (p.S - 1) * p.dil_w), to_int(p.pad_h - (p.R - 1) * p.dil_h)},
                    {to_int(p.stride_w), to_int(p.stride_h)},
-                   kChunk,
-                   shared ? kHalf : kStep};
+                   box.channels,
+                   box.pixels};
   map.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
   return map;
 }
@@ -101,7 +116,7 @@ Params params_of(const Conv2dProblem& p, const Plan& plan, const Conv2dArgs& arg
   t.unit_steps = to_int(plan.unit_steps);
   t.worker_steps = to_int(plan.worker_steps);
   t.pieces = to_int(plan.pieces());
-  t.step = pixel_step(kStep, t.conv.P, t.conv.Q);
+  t.step = pixel_step(plan.step(), t.conv.P, t.conv.Q);
   return t;
 }
 
@@ -133,10 +148,7 @@ void launch_element(const Plan& plan, const Params& t, const CUtensorMap& grad,
   } else {
     run(BlockTile<T, 128, 1>());
   }
-  if (t.slots == nullptr) return;
-  const int64_t quads = plan.units * t.cluster * plan.tile.sums() / 4;
-  launch_kernel({kName, blocks_for(quads, kReduceThreads), kReduceThreads, stream, 0, 1, true},
-                &wgrad_reduce_kernel<T>, t, plan.tile.rows, plan.tile.chunks);
+  launch_reduce<T>(plan, t, kName, stream);
 }
 
 void launch(const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
@@ -156,12 +168,12 @@ void launch(const Conv2dProblem& p, const Conv2dArgs& args, const Context& conte
   const void* input = workspace.input != nullptr ? workspace.input : args.input;
   const int64_t K = operand_of(p, p.K).channels, C = operand_of(p, p.C).channels;
   const bool input_shared = plan.share == Share::kInput;
-  const CUtensorMap grad_map =
-      encode(pixels_map(p.dtype, grad, p.N * pixels, K, plan.share == Share::kGrad));
-  const CUtensorMap input_map =
-      t.tiled ? encode(pixels_map(p.dtype, input, p.N * pixels, C, input_shared))
-              : encode(windows_map(p, input, C, input_shared));
-  if (p.dtype == DType::kFloat16) {
+  const CUtensorMap grad_map = encode(pixels_map(p, grad, K, plan.share == Share::kGrad));
+  const CUtensorMap input_map = t.tiled ? encode(pixels_map(p, input, C, input_shared))
+                                        : encode(windows_map(p, input, C, input_shared));
+  if (p.dtype == DType::kFloat32) {
+    launch_float32(plan, t, grad_map, input_map, kName, context.stream);
+  } else if (p.dtype == DType::kFloat16) {
     launch_element<__half>(plan, t, grad_map, input_map, context.stream);
   } else {
     launch_element<__nv_bfloat16>(plan, t, grad_map, input_map, context.stream);
@@ -174,7 +186,7 @@ std::string refuse_limit(const char* what, int64_t value, bool within) {
 
 std::string refuse_wgrad(const Conv2dProblem& p) {
   constexpr int64_t kLeastGroup = 4;  // below, the CUDA cores are no slower
-  constexpr int64_t kMostPixels = 0x7fffffff - 2 * kStep;
+  constexpr int64_t kMostPixels = 0x7fffffff - 2 * step_pixels(2);
   const int64_t narrowest = std::min(p.C, p.K) / p.G;
   std::string why = refuse_conv_beyond_int(p, 4 * kChunk);
   if (why.empty()) {
@@ -187,9 +199,9 @@ std::string refuse_wgrad(const Conv2dProblem& p) {
   // Any aligned address will do here.
   const void* base = reinterpret_cast<const void*>(uintptr_t{1024});
   const int64_t K = operand_of(p, p.K).channels, C = operand_of(p, p.C).channels;
-  why = refuse(pixels_map(p.dtype, base, p.N * p.P() * p.Q(), K, false));
+  why = refuse(pixels_map(p, base, K, false));
   if (!why.empty()) return why;
-  if (is_tiled(p)) return refuse(pixels_map(p.dtype, base, p.N * p.P() * p.Q(), C, false));
+  if (is_tiled(p)) return refuse(pixels_map(p, base, C, false));
   // Beyond int the corners would wrap; far below, they are refused for what they are.
   const int64_t reach = std::max((p.R - 1) * p.dil_h, (p.S - 1) * p.dil_w);
   why = refuse_limit("the filter's reach", reach, reach <= 255);
@@ -214,7 +226,7 @@ double cost(const Conv2dProblem& p, const Device& device) {
 void add_cuda_conv2d_igemm_sm90_wgrad_rows(KernelTable& table) {
   Conv2dKernel row = cuda::conv2d_row(cuda::kName, Direction::kWgrad);
   row.arch = "sm_90a";
-  row.dtypes = bit(DType::kFloat16) | bit(DType::kBFloat16);
+  row.dtypes = bit(DType::kFloat32) | bit(DType::kFloat16) | bit(DType::kBFloat16);
   row.aligned = true;
   row.supports = [](const Conv2dProblem& p, const Device&) { return cuda::refuse_wgrad(p); };
   row.cost = [](const Conv2dProblem& p, const Device& device) { return cuda::cost(p, device); };

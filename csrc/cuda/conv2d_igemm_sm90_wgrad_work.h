@@ -2,14 +2,14 @@
 // units, the tiles of a unit, the channels of a chunk, and where partial sums lie.
 #pragma once
 
+#include <cuda.h>  // CUtensorMap; nothing of the driver is linked
+
 #include "cuda/conv2d.h"
 #include "cuda/conv2d_igemm_sm90_wgrad.h"
 
 namespace fastconv {
 namespace cuda {
 namespace sm90_wgrad {
-
-constexpr int kHalf = kStep / kPair;  // pixels of a shared box that a block copies
 
 struct Params {
   ConvParams conv;                            // its groups are those of the plan
@@ -23,7 +23,7 @@ struct Params {
   int channel_chunks, chunks;
   int64_t units, work;                          // work: units * unit_steps
   int steps, unit_steps, worker_steps, pieces;  // as in Plan
-  PixelStep step;                               // what kStep pixels on means
+  PixelStep step;                               // what a step of pixels on means
 };
 
 // A unit's tile of block `rank`.
@@ -102,6 +102,10 @@ __device__ inline ChunkAt chunk_at(const Params& t, int chunk) {
   const int tap = chunk / t.channel_chunks, r = tap / t.conv.S;
   return {r, tap - r * t.conv.S, (chunk - tap * t.channel_chunks) * kChunk};
 }
+
+// Launches what sums a float32 problem's pieces; conv2d_igemm_sm90_wgrad_float32.cu.
+void launch_float32(const Plan& plan, const Params& t, const CUtensorMap& grad,
+                    const CUtensorMap& input, const char* name, void* stream);
 
 }  // namespace sm90_wgrad
 }  // namespace cuda

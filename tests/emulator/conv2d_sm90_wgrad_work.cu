@@ -117,7 +117,8 @@ const Register pieces("sm90_wgrad_pieces", [](uint64_t seed) {
     p.R = p.S = one_of({1, 3});
     p.H = p.W = one_of({5, 7, 14, 28});
     p.pad_h = p.pad_w = p.R / 2;
-    p.dtype = DType::kBFloat16;
+    p.dtype = random() % 2 == 0 ? DType::kBFloat16 : DType::kFloat32;
+    p.tf32 = random() % 2 == 0;
     Plan plan = plan_of(p);
     check_plan(plan);
     // Pieces of any length, of several units too.
