@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fastconv.models.registry import check_at_least_one, register
 from fastconv.modules import AvgPool2d, Conv2d, MaxPool2d
 
 # form -> (pooling, activation)
@@ -38,9 +39,7 @@ class LeNet5(nn.Module):
         super().__init__()
         if form not in _FORMS:
             raise ValueError(f'form must be "modern" or "classic", but got {form!r}')
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but got {value}")
+        check_at_least_one(num_classes=num_classes, in_channels=in_channels)
         pool, activation = _FORMS[form]
         self.features = nn.Sequential(
             Conv2d(in_channels, 6, kernel_size=5, padding=2),
@@ -71,6 +70,7 @@ class LeNet5(nn.Module):
         return self.classifier(self.features(images))
 
 
+@register
 def lenet5(num_classes: int = 10, in_channels: int = 1, form: str = "modern") -> LeNet5:
     """LeNet-5 (see :class:`LeNet5`)."""
     return LeNet5(num_classes, in_channels, form)

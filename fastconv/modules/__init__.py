@@ -2,7 +2,7 @@
 
 from fastconv.modules.batchnorm import BatchNorm2d
 from fastconv.modules.conv import Conv2d
-from fastconv.modules.fused import ConvBNReLU2d
+from fastconv.modules.fused import ConvBNReLU2d, ConvSequential, conv_bn
 from fastconv.modules.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
 __all__ = [
@@ -11,5 +11,7 @@ __all__ = [
     "BatchNorm2d",
     "Conv2d",
     "ConvBNReLU2d",
+    "ConvSequential",
     "MaxPool2d",
+    "conv_bn",
 ]

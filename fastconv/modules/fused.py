@@ -1,6 +1,8 @@
 """ConvBNReLU2d: convolution, BatchNorm, an optional residual and an activation as one layer."""
 
+import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from fastconv import functional
 from fastconv.modules.batchnorm import (
@@ -10,6 +12,114 @@ from fastconv.modules.batchnorm import (
     uses_batch_statistics,
 )
 from fastconv.modules.conv import Conv2d
+
+# Modules that compute exactly what conv_bn_relu calls by this name.
+_ACTIVATION_NAMES = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+def _is_plain(module, *classes):
+    """Whether calling `module` does what its class does, and nobody looks on.
+
+    A subclass (a parametrization makes one too), a hook (weight norm's and pruning's are hooks) or
+    a forward of the instance's own may do anything.
+    """
+    return (
+        type(module) in classes
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and "forward" not in vars(module)
+    )
+
+
+def _fused_activation(activation):
+    """(whether conv_bn_relu can do it, its name there)."""
+    if not isinstance(activation, nn.Module):
+        return True, activation
+    return _is_plain(activation, *_ACTIVATION_NAMES), _ACTIVATION_NAMES.get(type(activation))
+
+
+def _can_be_fused(input, conv, bn):
+    # torch.fx's proxies are no tensors: a tracer is shown the modules. BatchNorm2d refuses what is
+    # not (N, C, H, W), in torch's words.
+    return (
+        isinstance(input, torch.Tensor)
+        and input.dim() == 4
+        and _is_plain(conv, Conv2d)
+        and conv.padding_mode == "zeros"
+        and _is_plain(bn, BatchNorm2d)
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def conv_bn(input, conv, bn, activation=None, residual=None, *, recompute=False):
+    """activation(bn(conv(input)) + residual), as one operation where nobody can see a difference.
+
+    For networks whose convolution and normalisation are modules of their own, with the state_dict
+    that they have always had. Where either has hooks or is not exactly fastconv's class (a
+    SyncBatchNorm, a parametrized convolution), the modules are called one by one.
+
+    Args:
+        input: (N, C, H, W).
+        conv, bn: the modules.
+        activation: a name as of :func:`fastconv.functional.conv_bn_relu`, None, or a module.
+        residual: (N, K, P, Q) or None.
+        recompute: as of :func:`fastconv.functional.conv_bn_relu`; one by one it does nothing.
+
+    Returns:
+        (N, K, P, Q).
+    """
+    fusible, name = _fused_activation(activation)
+    if not (fusible and _can_be_fused(input, conv, bn)):
+        z = bn(conv(input))
+        if residual is not None:
+            z = z + residual
+        if isinstance(activation, nn.Module):
+            return activation(z)
+        return functional.activate(z, activation)
+    momentum = advance(bn)
+    return functional.conv_bn_relu(
+        input,
+        conv.weight,
+        conv.bias,
+        *running_statistics(bn),
+        bn.weight,
+        bn.bias,
+        residual=residual,
+        training=uses_batch_statistics(bn),
+        momentum=momentum,
+        eps=bn.eps,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        activation=name,
+        recompute=recompute,
+    )
+
+
+class ConvSequential(nn.Sequential):
+    """:class:`torch.nn.Sequential`, but a convolution followed by a BatchNorm (and an activation)
+    runs with them as one operation; see :func:`conv_bn`."""
+
+    def forward(self, input):
+        layers = [*self]
+        while layers:
+            layer = layers.pop(0)
+            if not (isinstance(layer, Conv2d) and layers and isinstance(layers[0], BatchNorm2d)):
+                input = layer(input)
+                continue
+            bn = layers.pop(0)
+            follows = bool(layers) and type(layers[0]) in _ACTIVATION_NAMES
+            input = conv_bn(input, layer, bn, layers.pop(0) if follows else None)
+        return input
 
 
 class ConvBNReLU2d(nn.Module):
@@ -69,25 +179,8 @@ class ConvBNReLU2d(nn.Module):
         self.recompute = recompute
 
     def forward(self, input, residual=None):
-        conv, bn = self.conv, self.bn
-        momentum = advance(bn)
-        return functional.conv_bn_relu(
-            input,
-            conv.weight,
-            conv.bias,
-            *running_statistics(bn),
-            bn.weight,
-            bn.bias,
-            residual=residual,
-            training=uses_batch_statistics(bn),
-            momentum=momentum,
-            eps=bn.eps,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            activation=self.activation,
-            recompute=self.recompute,
+        return conv_bn(
+            input, self.conv, self.bn, self.activation, residual, recompute=self.recompute
         )
 
     def extra_repr(self):
