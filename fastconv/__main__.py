@@ -46,7 +46,7 @@ def _padding(text: str) -> tuple[int, int] | str:
 
 def _parser() -> argparse.ArgumentParser:
     from fastconv._version import __version__
-    from fastconv.training import command
+    from fastconv.training import settings
 
     parser = _Parser(prog="fastconv", description="Fast 2-D convolution and pooling for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "the network's usual.",
     )
     train.set_defaults(run=_train)
-    command.add_arguments(train)
+    settings.add_arguments(train)
 
     info = commands.add_parser(
         "info",

@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import warnings
+import zipfile
 from typing import Any
 
 import torch
@@ -110,7 +112,14 @@ def _load(path: str | os.PathLike) -> Any:
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load does not compare checksums, and warns of what becomes an error below.
+        broken = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if broken is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of {broken} is wrong")
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

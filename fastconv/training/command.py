@@ -32,11 +32,9 @@ from fastconv.training.plots import (
     save_loss_curve,
 )
 from fastconv.training.recipes import defaults
-from fastconv.training.settings import DATA, FOLDER, KEPT, MODEL, SOURCES, add_arguments, settle
+from fastconv.training.settings import DATA, FOLDER, KEPT, MODEL, SOURCES, settle
 from fastconv.training.terminal import choose_device, machine_name, progress_bar, rich_console
 from fastconv.training.trainer import Plan, Trainer
-
-__all__ = ["add_arguments", "run"]
 
 # Mean and deviation of ImageNet's red, green and blue: what networks for photographs are used to.
 _PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -54,7 +52,7 @@ class Images:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train as the options of :func:`add_arguments` say.
+    """Train as the options of :func:`fastconv.training.settings.add_arguments` say.
 
     Returns:
         The exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
@@ -254,7 +252,8 @@ def _print_start(console, settings, images: Images, model, device, world: World)
     )
     console.print(
         f"{settings['optimizer']}, learning rate {settings['lr']:g}, {settings['schedule']}, "
-        f"batches of {settings['batch_size']}, {settings['epochs']} epochs\n"
+        f"batches of {settings['batch_size']}, {settings['epochs']} "
+        f"epoch{'s' * (settings['epochs'] > 1)}\n"
     )
 
 
@@ -294,7 +293,13 @@ def _train(console, trainer: Trainer, facts: dict, out: Path, stop_after: int | 
             f"stopped by {how} in epoch {at.epoch + 1} after {at.step} of {trainer.steps} steps"
         )
     elif leads:
-        _judge(console, trainer, facts["classes"], out)
+        _print_worth(console, trainer, facts["classes"])
+        _draw(trainer, facts["classes"], out)
+        console.print(
+            "wrote last.pt, best.pt, metrics.json, loss_curve.png, confusion_matrix.png and "
+            f"feature_maps.png to {out}",
+            markup=False,
+        )
     if trainer.position.epoch < plan.epochs:
         console.print(f"fastconv train --resume {out / 'last.pt'} goes on from here", markup=False)
     return 128 + stopped if stopped else 0
@@ -336,13 +341,12 @@ def _line(epoch: Epoch) -> str:
 # ---- after ----
 
 
-def _judge(console, trainer: Trainer, classes: Sequence[str], out: Path) -> None:
-    """Print what the network is worth, and draw it."""
+def _print_worth(console, trainer: Trainer, classes: Sequence[str]) -> None:
     confusion, worth = trainer.confusion, trainer.history[-1].held_out
     if len(classes) <= READABLE_CLASSES:
         console.print()
         print_table(
-            "held out: true classes in rows, predicted ones in columns",
+            "held out: row true, column predicted",
             [("", LEFT), *((name, RIGHT) for name in classes)],
             [
                 [name, *map(str, row[: len(classes)])]
@@ -354,33 +358,30 @@ def _judge(console, trainer: Trainer, classes: Sequence[str], out: Path) -> None
         f"[bold]held out: accuracy {100 * worth.accuracy:.2f} %, macro F1 {worth.macro_f1:.4f}"
         f"[/bold], loss {worth.loss:.4f}; the best epoch's accuracy {100 * trainer.best:.2f} %"
     )
+
+
+def _draw(trainer: Trainer, classes: Sequence[str], out: Path) -> None:
+    confusion = trainer.confusion
     names = [*classes, *map(str, range(len(classes), len(confusion)))]
     save_confusion_matrix(confusion, names, out / "confusion_matrix.png")
     save_loss_curve(History(trainer.history), out / "loss_curve.png")
     pixels, _ = next(batches(trainer.held_out, [torch.tensor([0])]))
     image = trainer.prepare(pixels.to(trainer.device))
     save_feature_maps(image[0], first_feature_maps(trainer.model, image), out / "feature_maps.png")
-    console.print(
-        f"wrote last.pt, best.pt, metrics.json, loss_curve.png, confusion_matrix.png and "
-        f"feature_maps.png to {out}",
-        markup=False,
-    )
 
 
 @torch.no_grad()
 def first_feature_maps(model: nn.Module, image: Tensor) -> Tensor:
     """(K, P, Q): what the first convolution that runs makes of the image (1, C, H, W).
 
-    That of a fused convolution is what leaves the whole layer.
-
     Raises:
         ValueError: the network has no convolution.
     """
     found = []
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, fastconv.ConvBNReLU2d))]
     handles = [
         layer.register_forward_hook(lambda layer, given, maps: found.append(maps))
-        for layer in layers
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
     ]
     was_training = model.training
     model.eval()

@@ -18,6 +18,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 # The learning rate where neither the user nor the recipe gives one.
 OPTIMIZERS = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3}
+# So much higher may one-cycle's rate be: it is there for a moment.
+ONE_CYCLE_PEAK = 4
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from fastconv.arguments import at_least, number
 from fastconv.training.checkpoint import CheckpointError
-from fastconv.training.recipes import OPTIMIZERS, SCHEDULES, defaults
+from fastconv.training.recipes import ONE_CYCLE_PEAK, OPTIMIZERS, SCHEDULES, defaults
 
 MODEL, DATA = "lenet5", "digits"
 # --data -> its name in fastconv.training.data, and whether a mirrored image is of the same class
@@ -57,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--stop-after", type=whole, metavar="N", help="train N epochs now; --resume does more")
     option("--batch-size", type=whole, metavar="N", help="images a step, of all processes together")
     option("--optimizer", choices=tuple(OPTIMIZERS), help="what turns gradients into steps")
-    option("--lr", type=number(0, may_be_least=False), help="the highest learning rate")
+    option(
+        "--lr",
+        type=number(0, may_be_least=False),
+        help="the highest learning rate; 4 x the usual for one-cycle",
+    )
     option("--momentum", type=number(0, 1), metavar="M", help="of sgd")
     option("--weight-decay", type=number(0), metavar="D", help="of the optimizer")
     option("--schedule", choices=tuple(SCHEDULES), help="of the learning rate (default: constant)")
@@ -121,6 +125,7 @@ def settle(
     if "momentum" in given and optimizer != "sgd":
         raise ValueError(f"--momentum is for --optimizer sgd, but this one is {optimizer}")
     lr = usual.lr if optimizer == usual.optimizer and usual.lr else OPTIMIZERS[optimizer]
+    lr *= ONE_CYCLE_PEAK if given.get("schedule", usual.schedule) == "one-cycle" else 1
     return {
         "model": MODEL,
         "data": DATA,
