@@ -353,11 +353,6 @@ def activation_name(activation):
     return name
 
 
-def activate(input, activation):
-    """The activation that :func:`conv_bn_relu` calls by that name, of a tensor by itself."""
-    return _ACTIVATIONS[activation_name(activation)](input)
-
-
 @_overridable
 def conv2d_max_pool2d(
     input,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.functional import adaptive_avg_pool2d
+from fastconv.models import pretrained
 from fastconv.models.alexnet import local_response_norm
-from fastconv.models.pretrained import load, refuse_weights, requested
 from fastconv.models.registry import check_at_least_one, register
 from fastconv.modules import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, Conv2d, MaxPool2d, conv_bn
 
@@ -118,6 +118,7 @@ class GoogLeNet(nn.Module):
         aux_logits: bool = True,
         transform_input: bool = False,
         init_weights: bool = True,
+        *,
         dropout: float | None = None,
         dropout_aux: float = 0.7,
         in_channels: int = 3,
@@ -232,14 +233,14 @@ def googlenet(
     if transform_input is not None:
         config["transform_input"] = transform_input
     if paper:
-        refuse_weights("googlenet(paper=True)", weights, config)
+        pretrained.refuse_weights("googlenet(paper=True)", weights, config)
         return GoogLeNet(paper=True, aux_logits=aux_logits is not False, **config)
-    weights = requested("googlenet", weights, config)
+    weights = pretrained.requested("googlenet", weights, config)
     if weights is None:
         return GoogLeNet(aux_logits=aux_logits is not False, **config)
     # torchvision's state_dict has auxiliary classifiers, which nobody trained.
     model = GoogLeNet(**{"transform_input": True} | config | {"init_weights": False})
-    load(model, weights, progress)
+    pretrained.load(model, weights, progress)
     if aux_logits:
         warnings.warn("googlenet's auxiliary classifiers are not pretrained", stacklevel=2)
     else:

@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         groups=1,
         base_width=64,
         dilation=1,
-        norm_layer=BatchNorm2d,
+        norm_layer=None,
     ):
         super().__init__()
         if (groups, base_width, dilation) != (1, 64, 1):
@@ -53,6 +53,7 @@ class BasicBlock(nn.Module):
                 "a BasicBlock has groups=1, base_width=64 and dilation=1, "
                 f"but got {groups}, {base_width} and {dilation}"
             )
+        norm_layer = norm_layer or BatchNorm2d
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn1 = norm_layer(planes)
         self.relu = nn.ReLU(inplace=True)
@@ -82,9 +83,10 @@ class Bottleneck(nn.Module):
         groups=1,
         base_width=64,
         dilation=1,
-        norm_layer=BatchNorm2d,
+        norm_layer=None,
     ):
         super().__init__()
+        norm_layer = norm_layer or BatchNorm2d
         width = int(planes * (base_width / 64)) * groups
         self.conv1 = conv1x1(inplanes, width)
         self.bn1 = norm_layer(width)
@@ -138,7 +140,9 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         check_at_least_one(num_classes=num_classes, in_channels=in_channels, groups=groups)
-        dilate = replace_stride_with_dilation or (False, False, False)
+        dilate = replace_stride_with_dilation
+        if dilate is None:
+            dilate = (False, False, False)
         if len(dilate) != 3:
             raise ValueError(
                 "replace_stride_with_dilation must be None or have 3 elements, "
@@ -188,7 +192,8 @@ class ResNet(nn.Module):
             for block in self.modules():
                 if isinstance(block, BasicBlock | Bottleneck):
                     last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
-                    nn.init.zeros_(last.weight)
+                    if last.weight is not None:
+                        nn.init.zeros_(last.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to scores (N, num_classes)."""

@@ -13,14 +13,16 @@ from fastconv.modules.batchnorm import (
 )
 from fastconv.modules.conv import Conv2d
 
-# Modules that compute exactly what conv_bn_relu calls by this name.
-_ACTIVATION_NAMES = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
+# What conv_bn_relu's activations are as modules.
+_ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
 }
+_ACTIVATION_NAMES = {module: name for name, module in _ACTIVATIONS.items()}
 
 
 def _is_plain(module, *classes):
@@ -43,7 +45,18 @@ def _fused_activation(activation):
     """(whether conv_bn_relu can do it, its name there)."""
     if not isinstance(activation, nn.Module):
         return True, activation
-    return _is_plain(activation, *_ACTIVATION_NAMES), _ACTIVATION_NAMES.get(type(activation))
+    usual = getattr(activation, "negative_slope", 0.01) == 0.01
+    name = _ACTIVATION_NAMES.get(type(activation))
+    return usual and _is_plain(activation, *_ACTIVATION_NAMES), name
+
+
+def _activate(z, activation):
+    if not isinstance(activation, nn.Module):
+        name = functional.activation_name(activation)
+        if name == "none":
+            return z
+        activation = _ACTIVATIONS[name]()
+    return activation(z)
 
 
 def _can_be_fused(input, conv, bn):
@@ -81,9 +94,7 @@ def conv_bn(input, conv, bn, activation=None, residual=None, *, recompute=False)
         z = bn(conv(input))
         if residual is not None:
             z = z + residual
-        if isinstance(activation, nn.Module):
-            return activation(z)
-        return functional.activate(z, activation)
+        return _activate(z, activation)
     momentum = advance(bn)
     return functional.conv_bn_relu(
         input,
