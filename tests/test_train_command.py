@@ -295,6 +295,10 @@ def test_signals():
         assert interrupts.received == signal.SIGTERM
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
+    with Interrupts(patient=True) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupts.received == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

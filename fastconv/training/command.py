@@ -36,6 +36,8 @@ from fastconv.training.settings import DATA, FOLDER, KEPT, MODEL, SOURCES, settl
 from fastconv.training.terminal import choose_device, machine_name, progress_bar, rich_console
 from fastconv.training.trainer import Plan, Trainer
 
+# A network for photographs gets 28x28 pixels enlarged to no more than this, unless it is asked to.
+_ENLARGED = 64
 # Mean and deviation of ImageNet's red, green and blue: what networks for photographs are used to.
 _PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -182,7 +184,9 @@ def _load(settings: dict[str, Any], root: str, world: World) -> Images:
     else:
         source, mirrors = SOURCES[settings["data"]]
         data = load_pixels(source, root)
-        name, channels, size = data.name, channels or 1, size or data.train_images.shape[-1]
+        name, channels = data.name, channels or 1
+        usual_size = min(usual.image_size or data.train_images.shape[-1], _ENLARGED)
+        size = settings["image_size"] or usual_size
         train = TensorImages(data.train_images, data.train_labels)
         held_out = TensorImages(data.test_images, data.test_labels)
         classes = tuple(map(str, range(data.classes)))
@@ -268,7 +272,10 @@ def _train(console, trainer: Trainer, facts: dict, out: Path, stop_after: int | 
     if leads:
         _make(out)
     until = min(plan.epochs, trainer.position.epoch + (stop_after or plan.epochs))
-    with Interrupts() as interrupts, progress_bar(console) as progress:
+    with (
+        Interrupts(patient=trainer.world.size > 1) as interrupts,
+        progress_bar(console) as progress,
+    ):
         done = trainer.position.epoch * trainer.steps + trainer.position.step
         task = progress.add_task("learning", total=until * trainer.steps, completed=done)
 

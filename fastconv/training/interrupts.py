@@ -10,10 +10,16 @@ class Interrupts:
     """Within ``with``, the first signal is noted in `received`; the second ends the program.
 
     Off the main thread, where Python allows no handlers, signals do what they did before.
+
+    Args:
+        patient: the second is ignored. torchrun passes a signal on and may send others after it,
+            and where processes share a training one that leaves early takes the checkpoint along;
+            torchrun ends by force whoever stays for longer than half a minute.
     """
 
-    def __init__(self):
+    def __init__(self, patient: bool = False):
         self.received = 0
+        self.patient = patient
         self._before = {}
 
     def __enter__(self) -> "Interrupts":
@@ -27,6 +33,8 @@ class Interrupts:
 
     def _note(self, number: int, frame) -> None:
         if self.received:
+            if self.patient:
+                return
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
