@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace, world: World, device: torch.device) -> int
     out, path = _places(options)
     state = None if path is None else load_training(path)
     settings = settle(options, device, state and state["arguments"], str(path))
-    if state is None:
+    if path is None or path.resolve() != (out / "last.pt").resolve():
         _check_free(out, world)
 
     torch.manual_seed(settings["seed"])
