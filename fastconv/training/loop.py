@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastconv.training.metrics import accuracy, macro_f1
+from fastconv.training.metrics import confusion_matrix, macro_f1_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What a model is worth on images it has not seen."""
+
+    loss: float
+    accuracy: float
+    macro_f1: float
+
+
+@dataclass(frozen=True)
 class Epoch:
     """One pass over the training images: mean loss and accuracy while it learned."""
 
@@ -42,6 +51,7 @@ class Epoch:
     loss: float
     accuracy: float
     seconds: float
+    held_out: Evaluation | None = None
 
 
 @dataclass
@@ -53,16 +63,7 @@ class History:
     interrupted: bool = False
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model is worth on images it has not seen."""
-
-    loss: float
-    accuracy: float
-    macro_f1: float
-
-
-def _learning_rate_factor(progress: float) -> float:
+def one_cycle(progress: float) -> float:
     """One cycle: linear from 0.04 to 1 over the first fifth, then half a cosine down to 0."""
     if progress < 0.2:
         return 0.04 + 0.96 * progress / 0.2
@@ -71,11 +72,18 @@ def _learning_rate_factor(progress: float) -> float:
 
 def random_shift(images: Tensor, pixels: int, background: float, rng: torch.Generator) -> Tensor:
     """Move each image by its own -pixels..pixels in both axes; `background` fills the border."""
+    return shift(images, random_starts(len(images), pixels, rng), pixels, background)
+
+
+def random_starts(n: int, pixels: int, rng: torch.Generator) -> Tensor:
+    """(2, N, 1): where the windows of :func:`shift` start, drawn on the CPU for every device."""
+    return torch.randint(2 * pixels + 1, (2, n, 1), generator=rng)
+
+
+def shift(images: Tensor, starts: Tensor, pixels: int, background: float) -> Tensor:
+    """From each image with a border of `pixels`, the window of its own size at its start."""
     n, _, height, width = images.shape
     padded = F.pad(images, (pixels,) * 4, value=background)
-    # (2, N, 1): where each image's window starts, drawn on the CPU so that every device sees the
-    # same shifts.
-    starts = torch.randint(2 * pixels + 1, (2, n, 1), generator=rng)
     rows = (starts[0] + torch.arange(height))[:, :, None].to(images.device)
     columns = (starts[1] + torch.arange(width))[:, None, :].to(images.device)
     sample = torch.arange(n, device=images.device)[:, None, None]
@@ -131,7 +139,7 @@ def fit(
                 if recipe.shift:
                     inputs = random_shift(inputs, recipe.shift, background, rng)
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * _learning_rate_factor(history.steps / all_steps)
+                    group["lr"] = recipe.lr * one_cycle(history.steps / all_steps)
                 scores = model(inputs)
                 loss = F.cross_entropy(scores, targets)
                 optimizer.zero_grad()
@@ -158,18 +166,37 @@ def fit(
     return history
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Evaluation:
     """Loss, accuracy and macro F1 of `model` in eval mode; its mode is put back afterwards."""
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return worth(*score(model, batches))
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Confusion matrix and sum of losses over `batches` of images and labels, in eval mode.
+
+    Both are on the CPU, in int64 and float64; those of parts of the data may be added.
+    """
     was_training = model.training
     model.eval()
+    confusion = torch.zeros((), dtype=torch.int64)
+    loss = torch.zeros((), dtype=torch.float64)
     try:
-        scores = torch.cat([model(batch) for batch in images.split(batch_size)])
+        for images, labels in batches:
+            scores = model(images)
+            confusion = confusion + confusion_matrix(scores.argmax(1), labels, scores.shape[1])
+            loss += F.cross_entropy(scores, labels, reduction="sum").double().cpu()
     finally:
         model.train(was_training)
-    predictions = scores.argmax(1)
+    return confusion, loss
+
+
+def worth(confusion: Tensor, loss_sum: Tensor) -> Evaluation:
+    """The evaluation that :func:`score`'s sums amount to."""
+    count = confusion.sum().item()
     return Evaluation(
-        F.cross_entropy(scores, labels).item(),
-        accuracy(predictions, labels),
-        macro_f1(predictions, labels),
+        loss_sum.item() / count,
+        confusion.diagonal().sum().item() / count,
+        macro_f1_of(confusion),
     )

@@ -1,4 +1,4 @@
-"""Accuracy and macro F1 of predicted classes, in a few lines of torch."""
+"""Accuracy, macro F1 and the confusion matrix of predicted classes, in a few lines of torch."""
 
 import torch
 from torch import Tensor
@@ -32,6 +32,38 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return (predictions == labels).double().mean().item()
 
 
+def confusion_matrix(predictions: Tensor, labels: Tensor, classes: int | None = None) -> Tensor:
+    """How often each true class (row) was taken for each class (column).
+
+    Args:
+        predictions, labels: as of :func:`accuracy`.
+        classes: how many there are; by default one more than the highest that occurs.
+
+    Returns:
+        (classes, classes) in int64, on the CPU. Matrices of parts of the data may be added.
+
+    Raises:
+        ValueError: as :func:`accuracy`, and for a class that is negative or not below `classes`.
+    """
+    _check(predictions, labels)
+    if min(predictions.min().item(), labels.min().item()) < 0:
+        raise ValueError("classes are numbered from 0, but one is negative")
+    highest = max(predictions.max().item(), labels.max().item())
+    classes = highest + 1 if classes is None else classes
+    if highest >= classes:
+        raise ValueError(f"there are {classes} classes, numbered from 0, but one is {highest}")
+    places = (labels * classes + predictions).cpu()
+    return torch.bincount(places, minlength=classes**2).reshape(classes, classes)
+
+
+def macro_f1_of(confusion: Tensor) -> float:
+    """:func:`macro_f1` from a :func:`confusion_matrix`."""
+    # 2 TP + FP + FN: how often the class was predicted plus how often it was true.
+    total = confusion.sum(0) + confusion.sum(1)
+    occurs = total > 0
+    return (2 * confusion.diagonal()[occurs].double() / total[occurs]).mean().item()
+
+
 def macro_f1(predictions: Tensor, labels: Tensor) -> float:
     """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), each class weighing the same.
 
@@ -40,14 +72,4 @@ def macro_f1(predictions: Tensor, labels: Tensor) -> float:
 
     Args and errors: as :func:`accuracy`.
     """
-    _check(predictions, labels)
-    if min(predictions.min().item(), labels.min().item()) < 0:
-        raise ValueError("classes are numbered from 0, but one is negative")
-    classes = max(predictions.max().item(), labels.max().item()) + 1
-    hits = torch.bincount(labels[predictions == labels], minlength=classes).double()
-    # 2 TP + FP + FN: how often the class was predicted plus how often it was true.
-    total = torch.bincount(predictions, minlength=classes) + torch.bincount(
-        labels, minlength=classes
-    )
-    occurs = total > 0
-    return (2 * hits[occurs] / total[occurs]).mean().item()
+    return macro_f1_of(confusion_matrix(predictions, labels))
