@@ -63,9 +63,9 @@ struct Float32Memory : Memory<Tile> {
 
 // ---- the warps that turn x ----
 
-// Where element `lane` of pixel `pixel` lies in a box, as TMA's swizzle has it.
-__device__ inline int in_box(int pixel, int lane) {
-  return pixel * kRowBytes + ((lane / 4) ^ (pixel % 8)) * 16 + lane % 4 * 4;
+// Where a channel of a pixel lies in a box, as TMA's swizzle has it.
+__device__ inline int in_box(int pixel, int channel) {
+  return pixel * kRowBytes + ((channel / 4) ^ (pixel % 8)) * 16 + channel % 4 * 4;
 }
 
 // Eight pixels of a box's 32 channels, a lane a channel: read row by row, written as the two units
