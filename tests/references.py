@@ -246,9 +246,32 @@ def batch_norm(x, weight=None, bias=None, mean=None, var=None, eps=1e-5):
     return out if bias is None else out + bias.reshape(shape)
 
 
-def batch_norm_extended(x, grad, weight, bias, mean=None, var=None, eps=1e-5):
-    """Output and the gradients of input, weight and bias with 64 mantissa bits; training when
-    mean is None."""
+# Where the derivatives of the activations jump.
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)}
+
+
+def activation_extended(z, name):
+    """Value and derivative of an activation, in z's precision; torch's choices at the kinks."""
+    if name == "none":
+        return z, np.ones_like(z)
+    if name in ("silu", "sigmoid"):
+        s = 1 / (1 + np.exp(-z))
+        return (z * s, s * (1 + z * (1 - s))) if name == "silu" else (s, s * (1 - s))
+    if name == "hardswish":
+        inner = np.where(z <= 3, z / 3 + z.dtype.type(0.5), 1)
+        return z * np.clip(z + 3, 0, 6) / 6, np.where(z < -3, 0, inner)
+    if name == "leaky_relu":
+        slope = z.dtype.type(0.01)
+        return np.where(z < 0, z * slope, z), np.where(z > 0, 1, slope)
+    top = 6 if name == "relu6" else np.inf
+    return np.clip(z, 0, top), ((z > 0) & (z < top)).astype(z.dtype)
+
+
+def batch_norm_extended(
+    x, grad, weight, bias, mean=None, var=None, eps=1e-5, residual=None, activation="none"
+):
+    """activation(batch_norm(x) + residual) and the gradients of input, weight, bias and residual
+    (where there is one) with 64 mantissa bits; training when mean is None."""
     wide, axes = np.longdouble, (0, *range(2, x.dim()))
     training, ones = mean is None, [1] * (x.dim() - 2)
 
@@ -263,12 +286,17 @@ def batch_norm_extended(x, grad, weight, bias, mean=None, var=None, eps=1e-5):
         mean, var = column(mean), column(var)
     scale = 1 / np.sqrt(var + wide(eps))
     normal = (x - mean) * scale
+    z = normal * column(weight) + column(bias)
+    if residual is not None:
+        z = z + residual.detach().numpy().astype(wide)
+    out, derivative = activation_extended(z, activation)
+    grad = grad * derivative
     dweight = (grad * normal).sum(axes, keepdims=True)
     dbias = grad.sum(axes, keepdims=True)
     dx = grad * column(weight) * scale
     if training:
         count = x.size // x.shape[1]
         dx -= column(weight) * scale * (dbias + normal * dweight) / count
-    out = normal * column(weight) + column(bias)
     results = (out, dx, dweight.reshape(-1), dbias.reshape(-1))
+    results += () if residual is None else (grad,)
     return [torch.from_numpy(a.astype(np.float64)) for a in results]

@@ -401,6 +401,43 @@ def same_bits(a, b) -> bool:
     return a == b
 
 
+ACTIVATIONS = {
+    None: lambda z: z,
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def unfused(layer):
+    """torch.nn's parts with the layer's parameters, as a function of (input, residual)."""
+    conv, bn = layer.conv, layer.bn
+    parts = (
+        torch.nn.Conv2d(
+            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
+            *(conv.dilation, conv.groups, conv.bias is not None),
+        ),
+        torch.nn.BatchNorm2d(
+            *(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
+        ),
+    )
+    for part, own in zip(parts, (conv, bn), strict=True):
+        part.to(conv.weight).train(own.training)
+        part.load_state_dict(own.state_dict())
+    activation = ACTIVATIONS[layer.activation]
+
+    def forward(x, residual=None):
+        z = parts[1](parts[0](x))
+        return activation(z if residual is None else z + residual)
+
+    forward.parts = torch.nn.ModuleList(parts)
+    return forward
+
+
 def must_run(row, dtype: torch.dtype) -> bool:
     """Whether the row's columns leave it no excuse for refusing every shape of a dtype."""
     return dtype in row.dtypes and set(row.layouts) == set(FORMATS)

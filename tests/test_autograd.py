@@ -129,6 +129,8 @@ def test_conv_bn_relu_derivatives(training, residual, fast, backend):
 
 def after_norm(f, tensors, residual=None, training=False, activation="relu", recompute=False):
     """batch_norm_relu of 5 tensors or conv_bn_relu of 7; of torch's functions, their parts."""
+    if residual is not None:
+        residual = residual[: tensors[0].shape[0]]  # one sample alone has the first one's
     options = {"residual": residual, "training": training, "activation": activation}
     if f is ff and len(tensors) == 5:
         return ff.batch_norm_relu(*tensors, **options)

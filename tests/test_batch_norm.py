@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -376,3 +377,215 @@ def test_training_backward_in_every_mix_of_dtypes(dtype, parameters, backend):
     assert grad.dtype is dtype
     tolerance = 40 * support.eps(dtype)
     assert torch.allclose(grad.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+# What follows the normalisation: a residual, an activation.
+
+ACTIVATIONS = [name for name in support.ACTIVATIONS if name is not None]
+AFTER = [(name, residual) for name in ACTIVATIONS for residual in (False, True)][1:]
+
+
+def after_cases(sizes, each):
+    """(size, activation, residual): every size with `each` of AFTER, which take turns."""
+    turns = itertools.cycle(AFTER)
+    return [(size, *next(turns)) for size in sizes for _ in range(each)]
+
+
+def fused(x, mean, var, weight, bias, training, momentum, eps, residual, activation):
+    options = {"training": training, "momentum": momentum, "eps": eps}
+    return ff.batch_norm_relu(
+        x, mean, var, weight, bias, residual=residual, activation=activation, **options
+    )
+
+
+def unfused(x, mean, var, weight, bias, training, momentum, eps, residual, activation):
+    z = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return support.ACTIVATIONS[activation](z if residual is None else z + residual)
+
+
+def run_after(function, tensors, residual, activation, layout, training, device="cpu", eps=1e-5):
+    """Output and gradients by name, the residual's among them where there is one."""
+    if residual is not None:
+        residual = placed(residual, layout, device).requires_grad_()
+    x, grad = (placed(t, layout, device) for t in tensors[:2])
+    weight, bias, mean, var = (t.to(device).clone() for t in tensors[2:])
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    leaves += [] if residual is None else [residual]
+    statistics = (None, None) if training else (mean, var)
+    out = function(x, *statistics, weight, bias, training, 0.1, eps, residual, activation)
+    answers = (out, *torch.autograd.grad(out, leaves, grad))
+    return dict(zip((*NAMES, "residual"), answers, strict=False))
+
+
+def reference_after(tensors, residual, activation, training, eps=1e-5):
+    x, grad, weight, bias, *statistics = (t.double() for t in tensors)
+    statistics = (None, None) if training else statistics
+    residual = None if residual is None else residual.double()
+    answers = references.batch_norm_extended(
+        x, grad, weight, bias, *statistics, eps, residual, activation
+    )
+    return dict(zip((*NAMES, "residual"), answers, strict=False))
+
+
+def without_kinks(tensors, residual, activation, training, dtype):
+    """The gradient is zero where rounding decides on which side of a kink an element lies."""
+    z = reference_after(tensors, residual, "none", training)["out"]
+    for kink in references.KINKS.get(activation, ()):
+        margin = max(4 * support.eps(dtype), 1e-5) * max(1, abs(kink))
+        tensors[1][(z - kink).abs() < margin] = 0
+    return tensors
+
+
+@functools.cache
+def after_case(size, activation, with_residual, dtype, training):
+    """As contract_case; where there is one channel, or few, at least 16 of its sums are drawn."""
+    draws = []
+    for seed in range(max(support.DRAWS, 16 // size[1])):
+        tensors = list(make(size, dtype, seed=seed))
+        generator = torch.Generator().manual_seed(seed)
+        residual = normal(size, generator).to(dtype) if with_residual else None
+        tensors = without_kinks(tensors, residual, activation, training, dtype)
+        expected = reference_after(tensors, residual, activation, training)
+        peers = [
+            run_after(unfused, tensors, residual, activation, layout, training)
+            for layout in FORMATS
+        ]
+        errors = {n: max(max_error(p[n], expected[n]) for p in peers) for n in expected}
+        draws.append((tensors, residual, expected, errors))
+    tensors, residual, expected, errors = draws[0]
+    for name in expected:
+        if expected[name].numel() < support.FEW:
+            errors[name] = max(e for *_, each in draws for n, e in each.items() if n == name)
+    return tensors, residual, expected, errors
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_contract_of_what_follows(direction, training, dtype, layout):
+    for row in support.rows("batch_norm", direction):
+        sizes = support.shapes_for(row, dtype, (layout, layout), NORM_EDGES)
+        device, wrong, ran = support.row_device(row), [], 0
+        for size, activation, with_residual in after_cases(sizes, each=4):
+            tensors, residual, expected, errors = after_case(
+                size, activation, with_residual, dtype, training
+            )
+            call = functools.partial(
+                run_after, fused, tensors, residual, activation, layout, training, device
+            )
+            got, reason = forced(row, call)
+            if reason:
+                continue
+            ran += 1
+            names = [n for n in expected if (n == "out") == (direction == "fprop")]
+            for name in names:
+                failure = contract_failure(got[name], expected[name], errors[name])
+                if failure:
+                    wrong.append(f"{size} {activation} {with_residual} {name}: {failure}")
+        support.coverage[f"batch_norm_relu {direction}: row x case x dtype x layout x mode"] += ran
+        assert not wrong, f"{row.name}, {len(wrong)} of {ran}:\n" + "\n".join(wrong)
+        assert ran or not must_run(row, dtype), f"{row.name} ran nothing"
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_what_follows_is_exact_on_integers(dtype, layout, with_residual, activation, backend):
+    """Inference with eps = 1 and variances 0, 3 and 15, forward and backward."""
+    generator = torch.Generator().manual_seed(1)
+    for size in NORM_EDGES:
+        x, grad, residual = (integers(size, generator, -3, 3).to(dtype) for _ in range(3))
+        weight, bias, mean = (integers((size[1],), generator, -3, 3).to(dtype) for _ in range(3))
+        weight.mul_(4)  # so that z is an integer
+        var = torch.tensor([0.0, 3.0, 15.0], dtype=dtype)[torch.arange(size[1]) % 3]
+        tensors = (x, grad, weight, bias, mean, var)
+        residual = residual if with_residual else None
+        got = run_after(
+            fused, tensors, residual, activation, layout, False, backend.device, eps=1.0
+        )
+        expected = reference_after(tensors, residual, activation, False, eps=1.0)
+        for name in expected:
+            if backend.name != "aten" or name == "out":  # ATen multiplies by a rounded root
+                assert_exact(got[name], expected[name])
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+def test_any_subset_of_the_gradients_has_the_same_bits(training, layout, activation):
+    """A row may leave work out, and may not change what it leaves in."""
+    for row in support.rows("batch_norm", "dgrad"):
+        for size in support.shapes_for(row, torch.float32, (layout, layout), NORM_EDGES[:4]):
+            x, grad, weight, bias, mean, var = make(size, torch.float32)
+            residual = torch.flip(x, [0])
+            device = support.row_device(row)
+            x, grad, residual = (placed(t, layout, device) for t in (x, grad, residual))
+            parameters = [t.to(device) for t in (weight, bias, mean, var)]
+
+            def call(mask, x=x, grad=grad, parameters=parameters, residual=residual):
+                return torch.ops.fastconv.batch_norm_backward(
+                    *(grad, x, *parameters, residual, None, training, 1e-5, activation, mask)
+                )
+
+            everything, reason = forced(row, lambda: call([True] * 4))
+            assert not reason, reason
+            for which in range(1, 15):
+                mask = [bool(which >> i & 1) for i in range(4)]
+                some, _ = forced(row, lambda m=mask: call(m))
+                wanted = [t if m else None for t, m in zip(everything, mask, strict=True)]
+                close = zip(some, wanted, strict=True)
+                for a, b in close:
+                    assert (a is None) == (b is None)
+                    # The residual's gradient, where it is kept, is read back as it was rounded.
+                    assert a is None or support.same_bits(a, b), (row.name, size, mask)
+
+
+def test_derivative_read_off_the_output_is_the_inputs(backend):
+    x, grad, weight, bias, mean, var = make((4, 6, 7, 5), torch.float32)
+    tensors = [t.to(backend.device) for t in (grad, x, weight, bias, mean, var)]
+    for activation in ("relu", "relu6", "leaky_relu"):
+        out = torch.ops.fastconv.batch_norm_inference(
+            *(*tensors[1:], None, 1e-5, activation),
+        )
+        for training in (True, False):
+            tail = (training, 1e-5, activation, [True] * 4)
+            a, b = (
+                torch.ops.fastconv.batch_norm_backward(*tensors, None, output, *tail)
+                for output in (out, None)
+            )
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="derivative of silu cannot be read off its output"):
+        torch.ops.fastconv.batch_norm_backward(
+            *(*tensors, None, out, True, 1e-5, "silu", [True] * 4)
+        )
+
+
+@pytest.mark.parametrize("size", [(6, 3), (4, 3, 5), (2, 3, 4, 5, 2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_other_ranks_with_what_follows(size, training, backend):
+    x, residual = torch.randn(2, *size).to(backend.device)
+    mean, var, weight, bias = (torch.rand(3, device=x.device) + 0.5 for _ in range(4))
+    ours = [mean.clone(), var.clone()]
+    after = (training, 0.1, 1e-5, residual, "hardswish")
+    out = fused(x, *ours, weight, bias, *after)
+    torch.testing.assert_close(out, unfused(x, mean, var, weight, bias, *after))
+    torch.testing.assert_close(ours, [mean, var])
+
+
+def test_what_follows_is_refused_where_it_does_not_fit(backend):
+    x, channel = torch.randn(2, 3, 4, 4, device=backend.device), torch.ones(3)
+    statistics = [t.to(backend.device) for t in (channel * 0, channel)]
+    with pytest.raises(ValueError, match="activation must be one of .* but got 'tanh'"):
+        ff.batch_norm_relu(x, *statistics, activation="tanh")
+    for training in (True, False):
+        with pytest.raises(ValueError if training else RuntimeError):
+            ff.batch_norm_relu(x[:1, :, :1, :1], None, None, training=training)
+    if backend.name == "aten":
+        return
+    for training in (True, False):
+        with pytest.raises(RuntimeError, match=r"residual must have the output's size .*\[1, 3"):
+            ff.batch_norm_relu(x, *statistics, residual=x[:1], training=training)
+        with pytest.raises(RuntimeError, match="residual has type"):
+            ff.batch_norm_relu(x, *statistics, residual=x.double(), training=training)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastconv
-from support import FORMATS, assert_same_format, outcome, run_python
+from support import FORMATS, assert_same_format, outcome, run_python, unfused
 
 CLASSES = ("Conv2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "BatchNorm2d")
 
@@ -236,33 +236,6 @@ def test_channels_last_goes_through_a_network(fused, training, backend):
 
 
 # Conv, BatchNorm, residual, activation as one layer.
-
-
-def unfused(layer):
-    """torch.nn's parts with the layer's parameters, as a function of (input, residual)."""
-    conv, bn = layer.conv, layer.bn
-    parts = (
-        nn.Conv2d(
-            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
-            *(conv.dilation, conv.groups, conv.bias is not None),
-        ),
-        nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum),
-    )
-    for part, own in zip(parts, (conv, bn), strict=True):
-        part.load_state_dict(own.state_dict())
-        part.to(conv.weight).train(layer.training)
-    activation = {
-        "relu": torch.relu, "relu6": nn.functional.relu6, None: lambda z: z,
-        "leaky_relu": nn.functional.leaky_relu, "silu": nn.functional.silu,
-        "hardswish": nn.functional.hardswish, "sigmoid": torch.sigmoid, "none": lambda z: z,
-    }[layer.activation]  # fmt: skip
-
-    def forward(x, residual=None):
-        z = parts[1](parts[0](x))
-        return activation(z if residual is None else z + residual)
-
-    forward.parts = nn.ModuleList(parts)
-    return forward
 
 
 FUSED = {

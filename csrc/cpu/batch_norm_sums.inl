@@ -216,7 +216,10 @@ void sum_slice_of_planes(const BatchNormProblem& t, const BatchNormArgs& a,
           g = Wide<A>(summed_gradient<T, kAfter>(t, a, offset + i, lanes, x, affine));
           product = g * (Wide<A>(x) - Wide<A>(affine.mean));
         };
-        sums.add(length, term);
+        TwoSums<A> of_run;  // short sums, then a sum of sums: float64 has nothing wider
+        of_run.add(length, term);
+        sums.first += of_run.first;
+        sums.second += of_run.second;
       });
     }
     result[c] = sums.first.over_lanes();
