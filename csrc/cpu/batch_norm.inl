@@ -58,29 +58,25 @@ struct Differentiate {
 
 // One vector of the second step: `lanes` elements from i on. k are the coefficients above, in
 // order.
-template <class T, bool kDgrad, After kAfter>
-FASTCONV_INLINE void second_step(const BatchNormProblem& t, const BatchNormArgs& a, int64_t i,
-                                 int64_t lanes, const Vec<accumulator_t<T>>* k) {
+template <bool kDgrad, class T, After kAfter>
+FASTCONV_INLINE void second_step(const Elements<T, kAfter>& e, int64_t i, int64_t lanes,
+                                 const Vec<accumulator_t<T>>* k) {
   using A = accumulator_t<T>;
-  T* out = static_cast<T*>(a.out);
-  const T* input = static_cast<const T*>(a.input);
   const Vec<A> none{};
   if constexpr (!kDgrad) {
-    const Vec<A> x = load_upto(input + i, lanes, none);
+    const Vec<A> x = load_upto(e.input + i, lanes, none);
     const Affine<A> affine{k[0], k[1], k[2]};
     if constexpr (kAfter == After::kNothing) {
-      store_upto(out + i, affine.of(x), lanes);
+      store_upto(e.out + i, affine.of(x), lanes);
     } else {
-      const Vec<A> z = before_activation<T>(a, i, lanes, x, affine);
-      const Activation activation = activation_of<kAfter>(t);
-      store_upto(out + i, activate_vector(z, activation, static_cast<A>(t.slope)), lanes);
+      const Vec<A> z = before_activation(e, i, lanes, x, affine);
+      store_upto(e.out + i, activate_vector(z, e.activation, e.slope), lanes);
     }
   } else {
-    const bool needs_x = t.training || kAfter != After::kNothing;
-    const Vec<A> x = needs_x ? load_upto(input + i, lanes, none) : none;
-    const Affine<A> affine{k[0], k[3], k[4]};
-    const Vec<A> dz = gradient_of_z<T, kAfter>(t, a, i, lanes, x, affine);
-    store_upto(out + i, (t.training ? (dz - k[1]) - (x - k[0]) * k[2] : dz) * k[3], lanes);
+    const bool needs_x = e.training || kAfter != After::kNothing;
+    const Vec<A> x = needs_x ? load_upto(e.input + i, lanes, none) : none;
+    const Vec<A> dz = gradient_of_z(e, i, lanes, x, Affine<A>{k[0], k[3], k[4]});
+    store_upto(e.out + i, (e.training ? (dz - k[1]) - (x - k[0]) * k[2] : dz) * k[3], lanes);
   }
 }
 
@@ -107,9 +103,10 @@ void second_step_of_plane(const BatchNormProblem& t, const BatchNormArgs& a, int
   constexpr int64_t L = Lanes<A>::kCount;
   Vec<A> k[Coefficients::kCount];
   for (int64_t i = 0; i < Coefficients::kCount; ++i) k[i] = broadcast<A>(coefficients.at(i));
+  const Elements<T, kAfter> elements(t, a);
   int64_t i = 0;
-  for (; i + L <= n; i += L) second_step<T, kDgrad, kAfter>(t, a, begin + i, L, k);
-  if (i < n) second_step<T, kDgrad, kAfter>(t, a, begin + i, n - i, k);
+  for (; i + L <= n; i += L) second_step<kDgrad>(elements, begin + i, L, k);
+  if (i < n) second_step<kDgrad>(elements, begin + i, n - i, k);
 }
 
 // Joins the slices' sums of channels [begin, end), in order, in the place of the first slice's.
@@ -221,6 +218,7 @@ void second_step_of_rows(const BatchNormProblem& t, const BatchNormArgs& a,
   using A = accumulator_t<T>;
   constexpr int64_t L = Lanes<A>::kCount;
   const int64_t C = plan.C;
+  const Elements<T, kAfter> elements(t, a);
   // Row by row, as memory streams: the coefficients come from L1.
   for (int64_t row = begin; row < end; ++row) {
     const auto step = [&](int64_t c, int64_t lanes) FASTCONV_INLINE_LAMBDA {
@@ -228,7 +226,7 @@ void second_step_of_rows(const BatchNormProblem& t, const BatchNormArgs& a,
       for (int64_t i = 0; i < Coefficients::kCount; ++i) {
         k[i] = load(coefficients + i * (C + 16) + c);
       }
-      second_step<T, kDgrad, kAfter>(t, a, row * C + c, lanes, k);
+      second_step<kDgrad>(elements, row * C + c, lanes, k);
     };
     int64_t c = 0;
     for (; c + L <= C; c += L) step(c, L);

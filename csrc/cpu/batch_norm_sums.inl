@@ -22,10 +22,28 @@ FASTCONV_INLINE double channel_value(const void* values, int64_t c, double when_
 // Known to the compiler: nothing, ReLU (with or without a residual), or whatever the problem says.
 enum class After { kNothing, kReLU, kAnything };
 
-template <After kAfter>
-FASTCONV_INLINE Activation activation_of(const BatchNormProblem& t) {
-  return kAfter == After::kReLU ? Activation::kReLU : t.activation;
-}
+// A call's tensors and what a vector of them goes through. A copy on the stack: what stands behind
+// a pointer would be read again after every store, which might have changed it.
+template <class T, After kAfter>
+struct Elements {
+  using A = accumulator_t<T>;
+  const T *input, *residual, *grad, *output;
+  T *out, *grad_residual;
+  bool training;
+  Activation activation;
+  A slope;
+
+  Elements(const BatchNormProblem& t, const BatchNormArgs& a)
+      : input(static_cast<const T*>(a.input)),
+        residual(static_cast<const T*>(a.residual)),
+        grad(static_cast<const T*>(a.grad)),
+        output(static_cast<const T*>(a.output)),
+        out(static_cast<T*>(a.out)),
+        grad_residual(static_cast<T*>(a.grad_residual)),
+        training(t.training),
+        activation(kAfter == After::kReLU ? Activation::kReLU : t.activation),
+        slope(static_cast<A>(t.slope)) {}
+};
 
 // A channel's z = (x - mean) * scale + shift, before the residual.
 template <class A>
@@ -35,41 +53,40 @@ struct Affine {
 };
 
 // z of `lanes` elements from i on, with the residual.
-template <class T>
-FASTCONV_INLINE Vec<accumulator_t<T>> before_activation(const BatchNormArgs& a, int64_t i,
+template <class T, After kAfter>
+FASTCONV_INLINE Vec<accumulator_t<T>> before_activation(const Elements<T, kAfter>& e, int64_t i,
                                                         int64_t lanes, Vec<accumulator_t<T>> x,
                                                         const Affine<accumulator_t<T>>& affine) {
-  const T* residual = static_cast<const T*>(a.residual);
   const auto z = affine.of(x);
-  return residual == nullptr ? z : z + load_upto(residual + i, lanes, Vec<accumulator_t<T>>{});
+  return e.residual == nullptr ? z : z + load_upto(e.residual + i, lanes, Vec<accumulator_t<T>>{});
 }
 
 // Backward: the gradient of z, of `lanes` elements from i on; 0 in the other lanes.
 template <class T, After kAfter>
-FASTCONV_INLINE Vec<accumulator_t<T>> gradient_of_z(const BatchNormProblem& t,
-                                                    const BatchNormArgs& a, int64_t i,
+FASTCONV_INLINE Vec<accumulator_t<T>> gradient_of_z(const Elements<T, kAfter>& e, int64_t i,
                                                     int64_t lanes, Vec<accumulator_t<T>> x,
                                                     const Affine<accumulator_t<T>>& affine) {
   using A = accumulator_t<T>;
-  const Vec<A> grad = load_upto(static_cast<const T*>(a.grad) + i, lanes, Vec<A>{});
-  const Activation activation = activation_of<kAfter>(t);
-  if (kAfter == After::kNothing || activation == Activation::kNone) return grad;
-  const T* output = static_cast<const T*>(a.output);
-  const Vec<A> z = output != nullptr ? load_upto(output + i, lanes, Vec<A>{})
-                                     : before_activation<T>(a, i, lanes, x, affine);
-  return gradient_vector(grad, z, activation, static_cast<A>(t.slope));
+  const Vec<A> grad = load_upto(e.grad + i, lanes, Vec<A>{});
+  if constexpr (kAfter == After::kNothing) {
+    return grad;
+  } else {
+    if (e.activation == Activation::kNone) return grad;
+    const Vec<A> z = e.output != nullptr ? load_upto(e.output + i, lanes, Vec<A>{})
+                                         : before_activation(e, i, lanes, x, affine);
+    return gradient_vector(grad, z, e.activation, e.slope);
+  }
 }
 
 // The same for the first step, which writes it where the residual's gradient is wanted: the second
 // step then reads that instead of the gradient, and of what the activation's derivative takes.
 template <class T, After kAfter>
-FASTCONV_INLINE Vec<accumulator_t<T>> summed_gradient(const BatchNormProblem& t,
-                                                      const BatchNormArgs& a, int64_t i,
+FASTCONV_INLINE Vec<accumulator_t<T>> summed_gradient(const Elements<T, kAfter>& e, int64_t i,
                                                       int64_t lanes, Vec<accumulator_t<T>> x,
                                                       const Affine<accumulator_t<T>>& affine) {
-  const auto dz = gradient_of_z<T, kAfter>(t, a, i, lanes, x, affine);
+  const auto dz = gradient_of_z(e, i, lanes, x, affine);
   if constexpr (kAfter != After::kNothing) {
-    if (a.grad_residual != nullptr) store_upto(static_cast<T*>(a.grad_residual) + i, dz, lanes);
+    if (e.grad_residual != nullptr) store_upto(e.grad_residual + i, dz, lanes);
   }
   return dz;
 }
@@ -105,7 +122,7 @@ FASTCONV_INLINE void for_each_run(const BatchNormPlan& plan, int64_t c, int64_t 
   }
 }
 
-// Whether a mean is summed as shift + sum(d) / n.
+// Whether elements are as wide as sums: a mean is then summed as shift + sum(d) / n.
 template <class A>
 constexpr bool kShifted = sizeof(A) == 8;
 
@@ -207,19 +224,24 @@ void sum_slice_of_planes(const BatchNormProblem& t, const BatchNormArgs& a,
     result[plan.C + c] = moments.m2;
   } else {
     const Affine<A> affine = BackwardAffine<A>(t, a, c).lanes();
+    const Elements<T, kAfter> elements(t, a);
     TwoSums<A> sums;
     for (int64_t block = begin; block < end; ++block) {
       for_each_run(plan, c, block, [&](int64_t offset, int64_t length) FASTCONV_INLINE_LAMBDA {
         const auto term = [&](int64_t i, int64_t lanes, Wide<A>& g,
                               Wide<A>& product) FASTCONV_INLINE_LAMBDA {
           const Vec<A> x = load_upto(input + offset + i, lanes, affine.mean);
-          g = Wide<A>(summed_gradient<T, kAfter>(t, a, offset + i, lanes, x, affine));
+          g = Wide<A>(summed_gradient(elements, offset + i, lanes, x, affine));
           product = g * (Wide<A>(x) - Wide<A>(affine.mean));
         };
-        TwoSums<A> of_run;  // short sums, then a sum of sums: float64 has nothing wider
-        of_run.add(length, term);
-        sums.first += of_run.first;
-        sums.second += of_run.second;
+        if constexpr (kShifted<A>) {  // short sums, then their sum: float64 has nothing wider
+          TwoSums<A> of_run;
+          of_run.add(length, term);
+          sums.first += of_run.first;
+          sums.second += of_run.second;
+        } else {
+          sums.add(length, term);
+        }
       });
     }
     result[c] = sums.first.over_lanes();
@@ -305,6 +327,7 @@ class RowSums {
     const T* input = static_cast<const T*>(a_.input) + c0;
     const T* grad = static_cast<const T*>(kDgrad ? a_.grad : a_.input) + c0;
     const int64_t C = plan_.C;
+    const Elements<T, kAfter> elements(t_, a_);
     const auto add = [&](int64_t at, auto count, int64_t c, int64_t lanes) FASTCONV_INLINE_LAMBDA {
       constexpr int64_t kCount = decltype(count)::value;
       const Vec<A> shift = load(shift_.data() + c);
@@ -321,7 +344,7 @@ class RowSums {
         __builtin_prefetch(input + i + 4 * C);
         if constexpr (kDgrad) {
           __builtin_prefetch(grad + i + 4 * C);
-          summed[r] = summed_gradient<T, kAfter>(t_, a_, c0 + i, lanes, x[r], affine);
+          summed[r] = summed_gradient(elements, c0 + i, lanes, x[r], affine);
         } else {
           summed[r] = kShifted<A> ? x[r] - shift : x[r];
         }
