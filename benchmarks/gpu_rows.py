@@ -94,6 +94,18 @@ def norm(module, x):
     return module.batch_norm(x, None, None, training=True)
 
 
+def norm_relu(module, x):
+    if module is ff:
+        return ff.batch_norm_relu(x, None, None, training=True, residual=x)
+    return F.relu(F.batch_norm(x, None, None, training=True) + x)
+
+
+def norm_silu(module, x):
+    if module is ff:
+        return ff.batch_norm_relu(x, None, None, training=True, activation="silu")
+    return F.silu(F.batch_norm(x, None, None, training=True))
+
+
 CALLS = {
     "conv2d": convolution,
     "conv2d_max_pool2d": fused,
@@ -113,8 +125,10 @@ def problems(row, convolutions):
             leaves = torch.randn(size), torch.randn(weight) / 4, torch.randn(weight[0])
             yield f"{size} * {weight}", call, leaves, (options,)
     else:
+        calls = (norm, norm_relu, norm_silu) if row.op == "batch_norm" else (call,)
         for size in IMAGES[: 2 if convolutions is SMALL_CONVOLUTIONS else None]:
-            yield f"{size}", call, (torch.randn(size),), ()
+            for call in calls:
+                yield f"{call.__name__} {size}", call, (torch.randn(size),), ()
 
 
 def results(row, call, module, leaves, arguments):

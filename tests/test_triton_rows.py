@@ -194,6 +194,25 @@ def test_batch_norm(log):
     assert backward.given == given
 
 
+def test_batch_norm_with_what_follows(log):
+    x, residual = (torch.randn(3, 4, 5, 5, requires_grad=True) for _ in range(2))
+    with forced():
+        for activation in ("relu", "silu"):
+            out = ff.batch_norm_relu(
+                x, None, None, training=True, residual=residual, activation=activation
+            )
+            out.sum().backward()
+    relu, relu_backward, silu, silu_backward = log
+    assert [call.problem["activation"] for call in log] == ["relu"] * 2 + ["silu"] * 2
+    assert relu.given == silu.given == {"input", "residual", "mean_out", "var_out", "out"}
+    given = {"input", "grad", "mean_in", "var_in", "grad_weight", "grad_bias", "out"}
+    assert relu_backward.given >= given | {"grad_residual"}
+    assert silu_backward.given == given | {"residual", "grad_residual"}
+    for call in log:
+        for name in ("weight", "bias", "residual", "output", "out", "grad_residual"):
+            assert call.problem[name] == (name in call.given), (call.row, name)
+
+
 def test_nothing_empty_is_launched(log):
     x, w = torch.randn(0, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
     with forced():
