@@ -144,7 +144,8 @@ class ConvBNReLU2d(nn.Module):
         recompute: in training, compute the convolution again in backward instead of keeping its
             output.
 
-    Shapes: input (N, in_channels, H, W); residual and output (N, out_channels, P, Q).
+    Shapes: input (N, in_channels, H, W); residual and output (N, out_channels, P, Q); all of them
+    without N, too.
 
     ``conv`` is a :class:`fastconv.Conv2d` and ``bn`` a :class:`fastconv.BatchNorm2d`; the
     state_dict holds theirs in that order. Evaluation is differentiable too. Where either has hooks
@@ -191,6 +192,9 @@ class ConvBNReLU2d(nn.Module):
         self.recompute = recompute
 
     def forward(self, input, residual=None):
+        if isinstance(input, torch.Tensor) and input.dim() == 3:  # as a convolution takes it
+            residual = None if residual is None else residual.unsqueeze(0)
+            return self.forward(input.unsqueeze(0), residual).squeeze(0)
         return conv_bn(
             input, self.conv, self.bn, self.activation, residual, recompute=self.recompute
         )
