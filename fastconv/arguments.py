@@ -4,8 +4,8 @@ import argparse
 import math
 
 
-def at_least(least: int):
-    """An argparse type: a whole number that is not below `least`."""
+def at_least(least: int, below: int = 2**63):
+    """An argparse type: a whole number that is not below `least`, and below `below`."""
 
     def parse(text: str) -> int:
         try:
@@ -14,6 +14,8 @@ def at_least(least: int):
             raise argparse.ArgumentTypeError(f"expected a number, but got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, but is {value}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"must be below {below}, but is {value}")
         return value
 
     return parse

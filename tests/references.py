@@ -258,8 +258,8 @@ def activation_extended(z, name):
         s = 1 / (1 + np.exp(-z))
         return (z * s, s * (1 + z * (1 - s))) if name == "silu" else (s, s * (1 - s))
     if name == "hardswish":
-        inner = np.where(z <= 3, z / 3 + z.dtype.type(0.5), 1)
-        return z * np.clip(z + 3, 0, 6) / 6, np.where(z < -3, 0, inner)
+        inner = np.where(z >= 3, 1, z / 3 + z.dtype.type(0.5))
+        return z * np.clip(z + 3, 0, 6) / 6, np.where(z <= -3, 0, inner)
     if name == "leaky_relu":
         slope = z.dtype.type(0.01)
         return np.where(z < 0, z * slope, z), np.where(z > 0, 1, slope)

@@ -103,7 +103,7 @@ FASTCONV_HOST_DEVICE inline T activation_derivative(T z, Activation a, T slope) 
       return s * (T(1) + z * (T(1) - s));
     }
     case Activation::kHardSwish:
-      return z < T(-3) ? T(0) : z <= T(3) ? z / T(3) + T(0.5) : T(1);
+      return z <= T(-3) ? T(0) : z >= T(3) ? T(1) : z / T(3) + T(0.5);
     case Activation::kSigmoid: {
       const T s = T(1) / (T(1) + std::exp(-z));
       return s * (T(1) - s);

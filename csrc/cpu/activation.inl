@@ -83,8 +83,8 @@ FASTCONV_INLINE V gradient_vector(V grad, V z, Activation activation, A slope) {
     }
     case Activation::kHardSwish: {
       const V inner = grad * (z / 3 + A(0.5));
-      const V upper = z <= 3 ? inner : grad;
-      return z < -3 ? zeros : upper;
+      const V upper = z >= 3 ? grad : inner;
+      return z <= -3 ? zeros : upper;
     }
     case Activation::kSigmoid: {
       const V s = 1 / (1 + exponential(-z));

@@ -3,9 +3,9 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/clamp.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/relu.h>
@@ -43,7 +43,7 @@ inline at::Tensor apply_activation(const at::Tensor& z, Activation activation) {
     case Activation::kReLU:
       return at::relu(z);
     case Activation::kReLU6:
-      return at::clamp(z, 0, 6);
+      return at::hardtanh(z, 0, 6);  // clamp has another derivative at 0 and 6
     case Activation::kLeakyReLU:
       return at::leaky_relu(z, Epilogue().slope);
     case Activation::kSiLU:
@@ -75,8 +75,8 @@ inline at::Tensor derivative_of(const at::Tensor& z, Activation activation) {
       return s * (z * (1 - s) + 1);
     }
     case Activation::kHardSwish:
-      return at::where(z.lt(-3), at::zeros_like(z),
-                       at::where(z.le(3), z / 3 + 0.5, at::ones_like(z)));
+      return at::where(z.le(-3), at::zeros_like(z),
+                       at::where(z.ge(3), at::ones_like(z), z / 3 + 0.5));
     case Activation::kSigmoid: {
       const at::Tensor s = at::sigmoid(z);
       return s * (1 - s);

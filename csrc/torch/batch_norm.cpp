@@ -72,10 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_training(const Tensor& input,
                                                        const OptionalTensor& residual, double eps,
                                                        std::string_view activation) {
   const Activation act = activation_of(activation);
+  check_residual("batch_norm", residual, input.sym_sizes(), input);
   const bool aten = goes_to_aten(input);
   if (aten && input.numel() > 0) return aten_training(input, weight, bias, residual, eps, act);
   check_batch_norm(input, weight, bias, std::nullopt, std::nullopt, /*training=*/true);
-  check_residual("batch_norm", residual, input.sym_sizes(), input);
   Dense dense(input);
   dense.problem.eps = eps;
   dense.problem.residual = residual.has_value();
@@ -117,11 +117,11 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
                             const OptionalTensor& residual, double eps,
                             std::string_view activation) {
   const Activation act = activation_of(activation);
+  check_residual("batch_norm", residual, input.sym_sizes(), input);
   if (goes_to_aten(input)) {
     return aten_inference(input, weight, bias, mean, var, residual, eps, act);
   }
   check_batch_norm(input, weight, bias, mean, var, /*training=*/false);
-  check_residual("batch_norm", residual, input.sym_sizes(), input);
   Dense dense(input);
   dense.problem.eps = eps;
   dense.problem.training = false;
@@ -196,6 +196,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Activation act = activation_of(activation);
   TORCH_CHECK(!output || derivative_from_output(act), "batch_norm_backward: the derivative of ",
               std::string(activation), " cannot be read off its output");
+  if (input.numel() > 0 && !is_own(input)) {
+    require_fallback_allowed("batch_norm backward", input);
+    return aten_backward(grad, input, weight, bias, mean, var, residual, output, training, eps, act,
+                         output_mask);
+  }
   Dense dense(input);
   dense.problem.eps = eps;
   dense.problem.training = training;
@@ -248,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 TORCH_LIBRARY_IMPL(fastconv, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_training", &batch_norm_training);
   m.impl("batch_norm_inference", &batch_norm_inference);
+  m.impl("batch_norm_backward", &batch_norm_backward);
 }
 #define FASTCONV_BATCH_NORM_IMPLS(m)                     \
   m.impl("batch_norm_training", &batch_norm_training);   \

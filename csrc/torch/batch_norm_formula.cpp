@@ -4,6 +4,8 @@
 #include <ATen/ops/mean.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <vector>
 
@@ -62,7 +64,8 @@ Tensor before_activation(const Tensor& grad, const Tensor& x_hat, const Optional
   if (activation == Activation::kNone) return g;
   const Tensor z =
       out ? out->to(x_hat.scalar_type()) : pre_activation(x_hat, weight, bias, residual);
-  return g * derivative_of(z, activation);
+  const Tensor d = derivative_of(z, activation);
+  return at::where(d.eq(0), at::zeros_like(g), g * d);  // 0 of an infinite gradient, too
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input,

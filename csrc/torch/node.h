@@ -49,6 +49,8 @@ struct FastconvNode : torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) final {
     SelectionGuard guard(selection);
+    // Forward has cast what was to be cast; backward computes in those types, autocast or not.
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (!grads[0].defined()) return variable_list(num_outputs());
     return backward(grads[0]);
   }

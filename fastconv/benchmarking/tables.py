@@ -25,7 +25,7 @@ def print_table(
         return
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for heading, side in columns:
-        table.add_column(heading, justify=side, overflow="fold")
+        table.add_column(Text(heading), justify=side, overflow="fold")
     for row in rows:
         # Text: a cell such as "[1, 2]" is no markup.
         table.add_row(*(Text(cell) for cell in row))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastconv.models.layer_table import layer_table
+from fastconv.surgery.forward import removed
 
 DEPTH = 3  # rows deeper than that are added up, as torchinfo does
 
@@ -76,7 +77,7 @@ def _left_as_it_was(model, device):
     modes = [(module, module.training) for module in model.modules()]
     cards = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(cards):
+        with torch.random.fork_rng(cards), removed(model):
             yield
     finally:
         for module, training in modes:

@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -35,3 +36,11 @@ def padded(conv, input):
     if conv.padding_mode == "zeros":
         return input, conv.padding
     return F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+
+
+def output_dtype(input):
+    """Of a convolution of `input`, which autocast may run in another type."""
+    device = input.device.type
+    if input.dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype

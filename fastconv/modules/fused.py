@@ -1,6 +1,7 @@
 """ConvBNReLU2d: convolution, BatchNorm, an optional residual and an activation as one layer."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -11,7 +12,7 @@ from fastconv.modules.batchnorm import (
     running_statistics,
     uses_batch_statistics,
 )
-from fastconv.modules.conv import Conv2d
+from fastconv.modules.conv import Conv2d, output_dtype
 
 # What conv_bn_relu's activations are as modules.
 _ACTIVATIONS = {
@@ -55,15 +56,15 @@ def _activate(z, activation):
         name = functional.activation_name(activation)
         if name == "none":
             return z
-        activation = _ACTIVATIONS[name]()
+        return getattr(F, name)(z)
     return activation(z)
 
 
 def _can_be_fused(input, conv, bn):
-    # torch.fx's proxies are no tensors: a tracer is shown the modules. BatchNorm2d refuses what is
-    # not (N, C, H, W), in torch's words.
+    # torch.fx's proxies are no tensors, even where they say so: a tracer is shown the modules.
+    # BatchNorm2d refuses what is not (N, C, H, W), in torch's words.
     return (
-        isinstance(input, torch.Tensor)
+        issubclass(type(input), torch.Tensor)
         and input.dim() == 4
         and _is_plain(conv, Conv2d)
         and conv.padding_mode == "zeros"
@@ -90,7 +91,10 @@ def conv_bn(input, conv, bn, activation=None, residual=None, *, recompute=False)
         (N, K, P, Q).
     """
     fusible, name = _fused_activation(activation)
-    if not (fusible and _can_be_fused(input, conv, bn)):
+    fusible = fusible and _can_be_fused(input, conv, bn)
+    if fusible and residual is not None:
+        fusible = residual.dtype == output_dtype(input)  # an addition of two types promotes
+    if not fusible:
         z = bn(conv(input))
         if residual is not None:
             z = z + residual
@@ -192,7 +196,7 @@ class ConvBNReLU2d(nn.Module):
         self.recompute = recompute
 
     def forward(self, input, residual=None):
-        if isinstance(input, torch.Tensor) and input.dim() == 3:  # as a convolution takes it
+        if issubclass(type(input), torch.Tensor) and input.dim() == 3:  # as a convolution takes it
             residual = None if residual is None else residual.unsqueeze(0)
             return self.forward(input.unsqueeze(0), residual).squeeze(0)
         return conv_bn(

@@ -1,12 +1,11 @@
 """The layers that fuse() makes: a convolution or BatchNorm and what follows it, of modules that
 exist."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastconv import functional
-from fastconv.modules.conv import padded
+from fastconv.modules.conv import output_dtype, padded
 
 
 class FusedConv2d(nn.Module):
@@ -138,11 +137,4 @@ def _fits(residual, input, weight, stride, padding, dilation):
         )
     ]
     shape = (*input.shape[:-3], weight.shape[0], *output)
-    return _matches(residual, input, shape, _output_dtype(input))
-
-
-def _output_dtype(input):
-    device = input.device.type
-    if input.dtype is not torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return input.dtype
+    return _matches(residual, input, shape, output_dtype(input))

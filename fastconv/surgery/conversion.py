@@ -92,7 +92,7 @@ def checked_copy(name, model, inplace):
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"{name}(): {type(model).__name__} is compiled by TorchScript, whose code is fixed: "
-            f"{name} the model before it is scripted or traced"
+            f"{name} the model before it is traced"
         )
     return model if inplace else _copy(name, model)
 

@@ -5,10 +5,13 @@ other methods and its hooks. The code reaches every layer and tensor through the
 call: what ``.to()``, ``load_state_dict`` or an assignment changes, it sees.
 """
 
+import contextlib
 import importlib
+import inspect
 import types
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 
@@ -63,10 +66,15 @@ class FusedForward:
         namespace = dict(self.names)
         exec(compile(self.source, f"<fused {type(self.owner).__name__}>", "exec"), namespace)
         self.function = namespace["forward"]
+        # A function of its own, since torch.export asks it for the names of the arguments.
+        plain = FusedForward.forward
+        call = types.FunctionType(plain.__code__, plain.__globals__, "forward")
+        call.__signature__ = inspect.signature(type(self.owner).forward)
+        self.forward = types.MethodType(call, self)
 
     def __getstate__(self):
         # A function made by exec cannot be pickled, nor can a module of Python.
-        state = {k: v for k, v in vars(self).items() if k != "function"}
+        state = {k: v for k, v in vars(self).items() if k not in ("function", "forward")}
         state["names"] = {
             name: _Import(value.__name__) if isinstance(value, types.ModuleType) else value
             for name, value in self.names.items()
@@ -92,14 +100,16 @@ class FusedForward:
         for module in self.fixed:
             if module.training:
                 return None
-        for value in args:
-            if isinstance(value, fx.Proxy):  # somebody else traces: our owner's code says more
-                return None
         required = self.arguments.required
-        if not kwargs and len(args) == len(required):
-            return args
-        given = self.arguments.bind(args, kwargs)
-        return None if given is None else [given[name] for name in required]
+        if kwargs or len(args) != len(required):
+            given = self.arguments.bind(args, kwargs)
+            if given is None:
+                return None
+            args = [given[name] for name in required]
+        for value in args:  # traced as tensors; and somebody else's proxies see the owner's code
+            if isinstance(value, fx.Proxy) or not isinstance(value, torch.Tensor):
+                return None
+        return args
 
 
 class _Import:
@@ -118,8 +128,22 @@ def install(module, made):
 
 
 def remove(model):
-    """Takes every fused forward off again."""
+    """Takes every fused forward off again; returns (module, its fused forward) of each."""
+    found = []
     for module in model.modules():
         set_here = vars(module).get("forward")
         if isinstance(getattr(set_here, "__self__", None), FusedForward):
             del module.forward
+            found.append((module, set_here.__self__))
+    return found
+
+
+@contextlib.contextmanager
+def removed(model):
+    """For a while the layers are called one by one, and hooks on them see it."""
+    found = remove(model)
+    try:
+        yield
+    finally:
+        for module, made in found:
+            install(module, made)

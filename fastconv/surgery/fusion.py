@@ -93,11 +93,18 @@ class _Fuser:
         parts, fixed = {}, list(tracer.through)
         self._enter(module, Grouping(graph, modules, parts, fixed).run(), called)
         if parts:
-            _retarget(graph)
+            _retarget(graph, parts)
             made = forward.FusedForward(module, graph, parts, fixed, tracer.arguments)
             forward.install(module, made)
+            self._note(module, tracer.arguments.defaults)
         for leaf in called:
             self._fuse(leaf)
+
+    def _note(self, module, defaults):
+        if defaults:
+            taken = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+            who = self.names[module] or "The model"
+            self.report.notes.append(f"{who} runs fused where it is called with {taken}.")
 
     def _enter(self, module, entries, called):
         prefix = self.names[module] + "." if self.names[module] else ""
@@ -115,9 +122,9 @@ class _Fuser:
         return "not called by the traced forward"
 
 
-def _retarget(graph):
+def _retarget(graph, parts):
     """Names as the fused forward's code reaches them: through the module itself."""
+    ours = {f"parts.{name}" for name in parts}  # the module may have a child called parts
     for node in graph.nodes:
-        layer = node.op == "call_module" and not node.target.startswith("parts.")
-        if layer or node.op == "get_attr":
+        if node.op == "get_attr" or (node.op == "call_module" and node.target not in ours):
             node.target = f"owner.{node.target}"

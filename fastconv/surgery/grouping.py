@@ -230,7 +230,7 @@ class Grouping:
         """One node in place of the group's."""
         first = group.nodes[0]
         name = "fused_" + first.target.replace(".", "_")
-        while name in self.parts:  # a layer that is called twice
+        while f"parts.{name}" in self.modules:  # a layer that is called twice
             name += "_"
         if group.conv is None:
             part = FusedBatchNorm2d(group.bn, group.activation)

@@ -190,7 +190,10 @@ def changed_by(node, modules):
         home = type(module).__module__
         if not home.startswith(("torch.nn.", "fastconv.")):
             return node.all_input_nodes  # somebody's code
-        return node.all_input_nodes if getattr(module, "inplace", False) else []
+        inner = [*module.modules()]
+        foreign = any(not type(m).__module__.startswith(("torch.nn.", "fastconv.")) for m in inner)
+        in_place = foreign or any(getattr(m, "inplace", False) or has_hooks(m) for m in inner)
+        return node.all_input_nodes if in_place else []
     if node.op == "call_method":
         in_place = node.target.endswith("_") and not node.target.endswith("__")
         return node.all_input_nodes if in_place or node.target.startswith("__i") else []

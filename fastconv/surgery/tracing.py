@@ -5,8 +5,11 @@ forward does happens at that one time and is lost. Here such a forward is notice
 module that has it becomes a single node of the graph, with the reason, and is called as it is.
 """
 
+import collections
+import copy
 import inspect
 import operator
+import sys
 from collections import OrderedDict
 
 import torch
@@ -36,6 +39,9 @@ class TensorProxy(fx.Proxy):
 
     @property
     def __class__(self):
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if self.node.meta.get("unknown") and not asking.startswith(("torch.fx", __name__)):
+            raise Untraceable(f"its forward asks for the type of what {self.node} returns")
         return torch.Tensor
 
     def __setitem__(self, index, value):
@@ -71,11 +77,11 @@ class Tracer(fx.Tracer):
     def trace(self, root, concrete_args=None):
         self.mode = _mode()
         self.known = {id(t) for m in root.modules() for t in _tensors(m)}
-        before = _attributes(root)
+        before = {m: _attributes(m) for m in root.modules()}
         try:
             graph = super().trace(root, concrete_args)
         finally:
-            changed = _restore(root, before)
+            changed = ", ".join(filter(None, [_restore(m, b) for m, b in before.items()]))
         if changed:
             raise Untraceable(f"its forward changes its own {changed}")
         graph.lint()  # a forward that was given up may have left its values in somebody's list
@@ -125,7 +131,9 @@ class Tracer(fx.Tracer):
             self._erase_after(last)
             del self.through[through:]
         self.opaque[m] = reason
-        return self.create_proxy("call_module", path, args, kwargs)
+        result = self.create_proxy("call_module", path, args, kwargs)
+        result.node.meta["unknown"] = not _is_layer(m)
+        return result
 
     def _last(self):
         return next(iter(reversed(self.graph.nodes)), None)
@@ -187,9 +195,10 @@ def why_not_to_trace(module):
 
 
 def has_hooks(module):
-    """Whether a call of the module does more than its forward."""
+    """Whether a call of the module does anything else than its class's forward."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -240,15 +249,29 @@ def _tensors(module):
     yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
 
 
+CONTAINERS = (list, dict, set, collections.deque)
+
+
 def _attributes(module):
-    return {**vars(module), "_buffers": dict(module._buffers)}
+    return {
+        **vars(module),
+        "_buffers": dict(module._buffers),
+        "": {k: (v, copy.copy(v)) for k, v in vars(module).items() if isinstance(v, CONTAINERS)},
+    }
 
 
 def _restore(module, before):
     """Undoes what a forward has assigned; returns the names."""
     after = _attributes(module)
     buffers = {k for k, v in after["_buffers"].items() if before["_buffers"].get(k) is not v}
-    names = {k for k, v in after.items() if k != "_buffers" and before.get(k, vars) is not v}
+    names = {
+        k for k, v in after.items() if k not in ("", "_buffers") and before.get(k, vars) is not v
+    }
+    filled = {k for k, kept in before[""].items() if k != "_buffers" and not _same(*kept)}
+    for name in filled:
+        now, then = before[""][name]
+        now.clear()
+        (now.update if isinstance(now, dict | set) else now.extend)(then)
     for name in names:
         if name in before:
             vars(module)[name] = before[name]
@@ -256,4 +279,11 @@ def _restore(module, before):
             del vars(module)[name]
     for name in buffers:
         module._buffers[name] = before["_buffers"].get(name)
-    return ", ".join(sorted(names | buffers))
+    return ", ".join(sorted(names | buffers | filled))
+
+
+def _same(now, then):
+    def items(c):
+        return [id(i) for pair in c.items() for i in pair] if isinstance(c, dict) else [*map(id, c)]
+
+    return items(now) == items(then)

@@ -89,8 +89,10 @@ def _collate(samples):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the one that trains decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and SIGTERM often the whole group: the one that
+    # trains decides what they mean.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """`fastconv train`: a network learns from a set of images."""
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +39,10 @@ from fastconv.training.settings import DATA, FOLDER, KEPT, MODEL, SOURCES, settl
 from fastconv.training.terminal import choose_device, machine_name, progress_bar, rich_console
 from fastconv.training.trainer import Plan, Trainer
 
+RESULTS = (
+    *("last.pt", "best.pt", "metrics.json"),
+    *("loss_curve.png", "confusion_matrix.png", "feature_maps.png"),
+)
 # A network for photographs gets 28x28 pixels enlarged to no more than this, unless it is asked to.
 _ENLARGED = 64
 # Mean and deviation of ImageNet's red, green and blue: what networks for photographs are used to.
@@ -231,6 +238,8 @@ def _check_fits(model: nn.Module, settings: dict[str, Any], device: torch.device
     model.eval()
     try:
         model(torch.zeros(2, channels, size, size, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError(
             f"{settings['model']} does not take images of {channels}x{size}x{size} "
@@ -269,8 +278,12 @@ def _train(console, trainer: Trainer, facts: dict, out: Path, stop_after: int | 
     if trainer.position.epoch >= plan.epochs:
         console.print(f"all {plan.epochs} epochs are done; nothing is changed")
         return 0
-    if leads:
-        _make(out)
+    with _alone(out) if leads else contextlib.nullcontext():
+        return _run_epochs(console, trainer, facts, out, stop_after)
+
+
+def _run_epochs(console, trainer, facts, out, stop_after) -> int:
+    plan, leads = trainer.plan, trainer.world.leads
     until = min(plan.epochs, trainer.position.epoch + (stop_after or plan.epochs))
     with (
         Interrupts(patient=trainer.world.size > 1) as interrupts,
@@ -302,21 +315,33 @@ def _train(console, trainer: Trainer, facts: dict, out: Path, stop_after: int | 
     elif leads:
         _print_worth(console, trainer, facts["classes"])
         _draw(trainer, facts["classes"], out)
-        console.print(
-            "wrote last.pt, best.pt, metrics.json, loss_curve.png, confusion_matrix.png and "
-            f"feature_maps.png to {out}",
-            markup=False,
-        )
+        written = ", ".join(name for name in RESULTS if (out / name).exists())
+        console.print(f"{out} has {written}", markup=False)
     if trainer.position.epoch < plan.epochs:
-        console.print(f"fastconv train --resume {out / 'last.pt'} goes on from here", markup=False)
+        path = shlex.quote(str(out / "last.pt"))
+        console.print(f"fastconv train --resume {path} goes on from here", markup=False)
     return 128 + stopped if stopped else 0
 
 
-def _make(out: Path) -> None:
+@contextlib.contextmanager
+def _alone(out: Path):
+    """The folder, made, and nobody else's while it is written to: two runs that are started
+    together would choose the same name. The lock goes with the process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise OSError(error.errno, f"cannot write to --out {out}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"another training writes to {out}: give this one another --out"
+            ) from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def _keep(trainer: Trainer, facts: dict, out: Path, improved: bool) -> None:

@@ -38,6 +38,8 @@ class ImageFiles:
         path = self.paths[place]
         try:
             with Image.open(path) as file:
+                if file.mode.startswith("I;16"):  # convert() would cut 16 bits off at 255
+                    file = Image.fromarray((numpy.asarray(file) >> 8).astype(numpy.uint8))
                 image = file.convert(_MODES[self.channels])
                 image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -69,7 +71,10 @@ def load_folder(
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     split = [root / "train", root / "val"]
-    if all(part.is_dir() for part in split):
+    here = [part.is_dir() for part in split]
+    if here[0] and not here[1]:  # "train" is hardly a class
+        raise DataError(f"{split[0]} is there and {split[1]} is not: held-out images belong there")
+    if all(here):
         classes = _classes(split[0])
         strangers = sorted(set(_classes(split[1])) - set(classes))
         if strangers:
@@ -90,6 +95,8 @@ def load_folder(
             held_out = set(order[: max(1, int(HELD_OUT_SHARE * len(paths)))])
             halves[0][name] = [p for i, p in enumerate(paths) if i not in held_out]
             halves[1][name] = [p for i, p in enumerate(paths) if i in held_out]
+    if len(classes) < 2:
+        raise DataError(f"{root} has one class, {classes[0]!r}, and nothing to tell apart")
     numbers = {name: number for number, name in enumerate(classes)}
     files = []
     for half in halves:
@@ -100,18 +107,20 @@ def load_folder(
 
 
 def _classes(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise DataError(f"{folder} has no folders, one for each class of images")
     return names
 
 
 def _images(folder: Path) -> list[str]:
-    """Every image at any depth, in an order that is the same on every machine."""
+    """Every image at any depth, hidden ones apart, in the same order on every machine."""
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        found += [os.path.join(where, n) for n in sorted(names) if n.lower().endswith(ENDINGS)]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images = [n for n in names if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+        found += [os.path.join(where, name) for name in sorted(images)]
     if not found:
         raise DataError(f"{folder} has no image: no name there ends in {', '.join(ENDINGS)}")
     return found

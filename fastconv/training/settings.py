@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="random crops and, where a mirrored image is of the same class, flips",
     )
-    option("--seed", type=at_least(0), help="of weights, order and augmentation (default: 0)")
+    option(
+        "--seed", type=at_least(0, 2**31), help="of weights, order and augmentation (default: 0)"
+    )
     option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to run on")
     option(
         "--amp",

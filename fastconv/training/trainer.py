@@ -126,6 +126,7 @@ class Trainer:
             "processes": self.world.gather(own),
             "best": self.best,
             "history": [asdict(epoch) for epoch in self.history],
+            "confusion": self.confusion,
         }
 
     def resume(self, state: dict[str, Any], path: str) -> None:
@@ -141,6 +142,7 @@ class Trainer:
             own = state["processes"][self.world.rank]
             self.position = Position(**own["position"])
             self.best = state["best"]
+            self.confusion = state["confusion"]
             self.history = [
                 Epoch(**{**epoch, "held_out": Evaluation(**epoch["held_out"])})
                 for epoch in state["history"]

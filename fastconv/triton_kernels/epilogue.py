@@ -42,7 +42,7 @@ def activation_gradient(grad, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
         s = 1.0 / (1.0 + tl.exp(-z))
         grad *= s * (1.0 + z * (1.0 - s))
     elif ACTIVATION == "hardswish":
-        grad = tl.where(z < -3, 0.0, tl.where(z <= 3, grad * (z / 3.0 + 0.5), grad))
+        grad = tl.where(z <= -3, 0.0, tl.where(z >= 3, grad, grad * (z / 3.0 + 0.5)))
     elif ACTIVATION == "sigmoid":
         s = 1.0 / (1.0 + tl.exp(-z))
         grad *= s * (1.0 - s)
