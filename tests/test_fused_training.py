@@ -300,8 +300,25 @@ def test_a_residual_that_does_not_fit(training, backend):
         return
     with pytest.raises(RuntimeError, match="conv_bn_relu: residual must have the output's size"):
         layer(x, residual[:, :, :4])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_of_another_type_promotes(training, backend):
+    """As the addition of the modules one by one does; the function refuses it."""
+    layer = make_layer("relu6").to(backend.device).train(training)
+    x, residual = (torch.randn(2, c, 5, 5, device=backend.device) for c in (CHANNELS, OUT))
+    twin = unfused(copy.deepcopy(layer))
+    ours, theirs = layer(x, residual.double()), twin(x, residual.double())
+    assert ours.dtype == theirs.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    if backend.name == "aten" and not training:
+        return
+    bn, geometry = layer.bn, {"padding": layer.conv.padding, "training": training}
+    statistics = bn.running_mean, bn.running_var, bn.weight, bn.bias
     with pytest.raises(RuntimeError, match="conv_bn_relu: residual has type"):
-        layer(x, residual.double())
+        fastconv.functional.conv_bn_relu(
+            x, layer.conv.weight, None, *statistics, residual=residual.double(), **geometry
+        )
 
 
 @pytest.mark.parametrize("wanted", range(1, 16))

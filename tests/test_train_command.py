@@ -32,10 +32,7 @@ from fastconv.training.interrupts import Interrupts
 from fastconv.training.metrics import confusion_matrix
 from fastconv.training.trainer import Plan, Trainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

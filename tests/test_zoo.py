@@ -76,7 +76,7 @@ NETWORKS = [
     Network("tv:fasterrcnn_mobilenet_v3_large_fpn", 48, 54, 12, HEADLESS, "backbone"),
     Network("tv:retinanet_resnet50_fpn", 48, 53, 8, HEADLESS, "backbone"),
     Network("timm:hrnet_w18_small", 32, 91, 0),
-    Network("timm:repvgg_a0", 32, 44, 0),
+    Network("timm:repvgg_a0", 32, 61, 0),
     Network("timm:dla46_c", 32, 48, 1),
     Network("timm:xception41p", 32, 53, 43),
     Network("timm:cspresnet50", 64, 55, 0),

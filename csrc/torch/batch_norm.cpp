@@ -196,8 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Activation act = activation_of(activation);
   TORCH_CHECK(!output || derivative_from_output(act), "batch_norm_backward: the derivative of ",
               std::string(activation), " cannot be read off its output");
-  if (input.numel() > 0 && !is_own(input)) {
-    require_fallback_allowed("batch_norm backward", input);
+  if (input.numel() > 0 && goes_to_aten(input)) {
     return aten_backward(grad, input, weight, bias, mean, var, residual, output, training, eps, act,
                          output_mask);
   }

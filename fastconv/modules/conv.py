@@ -41,6 +41,6 @@ def padded(conv, input):
 def output_dtype(input):
     """Of a convolution of `input`, which autocast may run in another type."""
     device = input.device.type
-    if input.dtype is not torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return input.dtype
+    if input.dtype is torch.float64 or not torch.amp.is_autocast_available(device):  # as on meta
+        return input.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype

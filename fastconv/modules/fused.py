@@ -1,7 +1,6 @@
 """ConvBNReLU2d: convolution, BatchNorm, an optional residual and an activation as one layer."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -13,51 +12,27 @@ from fastconv.modules.batchnorm import (
     uses_batch_statistics,
 )
 from fastconv.modules.conv import Conv2d, output_dtype
-
-# What conv_bn_relu's activations are as modules.
-_ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-}
-_ACTIVATION_NAMES = {module: name for name, module in _ACTIVATIONS.items()}
+from fastconv.modules.plain import ACTIVATIONS, activate, has_hooks, module_activation
 
 
-def _is_plain(module, *classes):
-    """Whether calling `module` does what its class does, and nobody looks on.
-
-    A subclass (a parametrization makes one too), a hook (weight norm's and pruning's are hooks) or
-    a forward of the instance's own may do anything.
-    """
-    return (
-        type(module) in classes
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-        and "forward" not in vars(module)
-    )
+def _is_plain(module, cls):
+    """Whether calling `module` does what `cls` does, and nobody looks on. A subclass, such as a
+    parametrization makes, may do anything."""
+    return type(module) is cls and not has_hooks(module)
 
 
 def _fused_activation(activation):
     """(whether conv_bn_relu can do it, its name there)."""
     if not isinstance(activation, nn.Module):
         return True, activation
-    usual = getattr(activation, "negative_slope", 0.01) == 0.01
-    name = _ACTIVATION_NAMES.get(type(activation))
-    return usual and _is_plain(activation, *_ACTIVATION_NAMES), name
+    name = module_activation(activation)
+    return name is not None, name
 
 
 def _activate(z, activation):
-    if not isinstance(activation, nn.Module):
-        name = functional.activation_name(activation)
-        if name == "none":
-            return z
-        return getattr(F, name)(z)
-    return activation(z)
+    if isinstance(activation, nn.Module):
+        return activation(z)
+    return activate(z, functional.activation_name(activation))
 
 
 def _can_be_fused(input, conv, bn):
@@ -132,7 +107,7 @@ class ConvSequential(nn.Sequential):
                 input = layer(input)
                 continue
             bn = layers.pop(0)
-            follows = bool(layers) and type(layers[0]) in _ACTIVATION_NAMES
+            follows = bool(layers) and type(layers[0]) in ACTIVATIONS
             input = conv_bn(input, layer, bn, layers.pop(0) if follows else None)
         return input
 

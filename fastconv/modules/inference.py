@@ -1,11 +1,11 @@
 """The layers that fuse() makes: a convolution or BatchNorm and what follows it, of modules that
 exist."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastconv import functional
 from fastconv.modules.conv import output_dtype, padded
+from fastconv.modules.plain import activate
 
 
 class FusedConv2d(nn.Module):
@@ -115,8 +115,7 @@ class FusedBatchNorm2d(nn.Module):
 def _add_apart(z, residual, activation):
     """For residuals that are broadcast, of another dtype, or numbers: the kernels add element to
     element only."""
-    z = z + residual
-    return z if activation == "none" else getattr(F, activation)(z)
+    return activate(z + residual, activation)
 
 
 def _matches(residual, input, shape, dtype):

@@ -12,7 +12,7 @@ import types
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 
 @dataclass
@@ -106,9 +106,10 @@ class FusedForward:
             if given is None:
                 return None
             args = [given[name] for name in required]
-        for value in args:  # traced as tensors; and somebody else's proxies see the owner's code
-            if isinstance(value, fx.Proxy) or not isinstance(value, torch.Tensor):
-                return None
+        # Traced as tensors. Somebody else's proxies, even those that say that they are tensors, are
+        # shown the owner's code.
+        if not all(issubclass(type(value), torch.Tensor) for value in args):
+            return None
         return args
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fastconv.modules.inference import FusedBatchNorm2d, FusedConv2d
+from fastconv.modules.plain import has_hooks
 from fastconv.surgery import patterns
 from fastconv.surgery.reporting import LAYERS, Entry, whose
-from fastconv.surgery.tracing import has_hooks
 
 NAMES = {
     "relu": "ReLU",
@@ -254,8 +254,8 @@ def why_not_conv(node, conv):
     """Why a convolution runs as the layer it is; empty where it may be fused."""
     if len(node.args) != 1 or node.kwargs:
         return "is not called with one positional argument"
-    if has_hooks(conv):
-        return "has hooks"
     if "forward" in vars(conv):
         return "its forward has been replaced"
+    if has_hooks(conv):
+        return "has hooks"
     return ""

@@ -9,19 +9,16 @@ from torch import fx, nn
 from fastconv import functional
 from fastconv.modules import AdaptiveAvgPool2d, AvgPool2d, BatchNorm2d, Conv2d, MaxPool2d
 from fastconv.modules.inference import FusedBatchNorm2d, FusedConv2d
-from fastconv.surgery.tracing import BATCH_NORM_ACT, FOREIGN_NORMS, full_name, has_hooks
+from fastconv.modules.plain import ACTIVATIONS as MODULES
+from fastconv.modules.plain import SLOPE, has_hooks, module_activation
+from fastconv.surgery.tracing import BATCH_NORM_ACT, FOREIGN_NORMS, full_name
 
 CONVOLUTIONS = (nn.Conv2d, Conv2d)
 NORMS = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm)
 MAX_POOLS = (nn.MaxPool2d, MaxPool2d)
 
 ACTIVATIONS = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
+    **MODULES,
     F.relu: "relu",
     F.relu6: "relu6",
     F.leaky_relu: "leaky_relu",
@@ -37,7 +34,6 @@ ACTIVATIONS = {
     "sigmoid": "sigmoid",
     "sigmoid_": "sigmoid",
 }
-SLOPE = 0.01  # of leaky ReLU, in the kernels
 
 ADDITIONS = (operator.add, torch.add, "add")
 ADDITIONS_IN_PLACE = (operator.iadd, "add_", "__iadd__")
@@ -56,13 +52,14 @@ FUNCTIONS = {
     F.batch_norm: functional.batch_norm,
 }
 
+PARTS = (FusedConv2d, FusedBatchNorm2d)
 # Modules and functions whose result shares no memory with what they are given.
 FRESH_MODULES = (
     *CONVOLUTIONS,
     *NORMS,
     *MAX_POOLS,
     *(nn.AvgPool2d, AvgPool2d, nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d),
-    *(nn.Linear, nn.ConvTranspose2d, FusedConv2d, FusedBatchNorm2d),
+    *(nn.Linear, nn.ConvTranspose2d, *PARTS),
 )
 FRESH_FUNCTIONS = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat),
@@ -98,14 +95,6 @@ def activation(node, modules):
     if name == "leaky_relu":
         slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", SLOPE)
         return name if slope == SLOPE else None
-    return name
-
-
-def module_activation(module):
-    """The kernels' name of an activation module; None where it is none of theirs."""
-    name = ACTIVATIONS.get(type(module))
-    if has_hooks(module) or (name == "leaky_relu" and module.negative_slope != SLOPE):
-        return None
     return name
 
 
@@ -187,13 +176,9 @@ def changed_by(node, modules):
     """The nodes whose tensors this one may change in place."""
     if node.op == "call_module":
         module = modules[node.target]
-        home = type(module).__module__
-        if not home.startswith(("torch.nn.", "fastconv.")):
-            return node.all_input_nodes  # somebody's code
-        inner = [*module.modules()]
-        foreign = any(not type(m).__module__.startswith(("torch.nn.", "fastconv.")) for m in inner)
-        in_place = foreign or any(getattr(m, "inplace", False) or has_hooks(m) for m in inner)
-        return node.all_input_nodes if in_place else []
+        # What fuse() has made reads its input alone, whatever it was made of.
+        changes = type(module) not in PARTS and any(map(_may_change_input, module.modules()))
+        return node.all_input_nodes if changes else []
     if node.op == "call_method":
         in_place = node.target.endswith("_") and not node.target.endswith("__")
         return node.all_input_nodes if in_place or node.target.startswith("__i") else []
@@ -207,6 +192,11 @@ def changed_by(node, modules):
         in_place = True  # `inplace` given by position, perhaps
     known = home.startswith(("torch", "_operator", "builtins", "math", "fastconv", "collections"))
     return node.all_input_nodes if in_place or not known else []
+
+
+def _may_change_input(module):
+    known = type(module).__module__.startswith(("torch.nn.", "fastconv."))
+    return not known or getattr(module, "inplace", False) or has_hooks(module)
 
 
 def _is_assigning(name):

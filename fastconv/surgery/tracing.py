@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastconv.modules.plain import has_hooks
 from fastconv.surgery.forward import Arguments
 
 # Their subclasses are called, not looked into: they stand for one operation.
@@ -192,17 +193,6 @@ def why_not_to_trace(module):
     if module.training:
         return "in training mode"
     return ""
-
-
-def has_hooks(module):
-    """Whether a call of the module does anything else than its class's forward."""
-    return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def one_line(error):

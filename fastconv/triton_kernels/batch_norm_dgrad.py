@@ -38,9 +38,6 @@ from fastconv.triton_kernels.problem import (
     ceil_div,
 )
 
-# Activations whose derivative is the same at their output: see csrc/core/epilogue.h.
-FROM_OUTPUT = ("none", "relu", "relu6", "leaky_relu")
-
 
 @triton.jit
 def gradient_of_z(
@@ -230,7 +227,7 @@ def _z_of(p: BatchNormProblem) -> str:
     """gradient_of_z's Z."""
     if p.activation == "none":
         return "none"
-    if p.output and p.activation in FROM_OUTPUT:
+    if p.output:  # given only where the derivative can be read off it: core/epilogue.h
         return "output"
     return "residual" if p.residual else "input"
 
