@@ -16,6 +16,7 @@ _batch_norm_training = operator_named("batch_norm_training")
 _batch_norm_inference = operator_named("batch_norm_inference")
 _conv_bn_act = operator_named("conv_bn_act")
 _conv_bn_training = operator_named("conv_bn_training")
+_max_pool2d = operator_named("max_pool2d")
 
 
 def _update_running(running, batch, momentum):
@@ -175,6 +176,54 @@ def batch_norm_relu(
     )
 
 
+def conv_bn_act(
+    input,
+    weight,
+    bias,
+    statistics,
+    residual,
+    eps,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    pool=(),
+):
+    """Evaluation's one operator, for arguments that have been brought into its form.
+
+    Args:
+        statistics: (running_mean, running_var, bn_weight, bn_bias), or () where nothing is
+            normalised.
+        pool: max pooling's (kernel_size, stride, padding), or ().
+        The others: as of :func:`conv_bn_relu`; stride, padding and dilation are pairs.
+    """
+    _check_batch_norm(input, False, eps)
+    return _conv_bn_act(
+        input,
+        weight,
+        bias,
+        *(statistics or (None, None, None, None)),
+        residual,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        *pool,
+    )
+
+
+def pool_arguments(op, kernel_size, stride, padding):
+    """Max pooling's arguments as the operators take them."""
+    return (
+        as_ints(op, "pool_kernel_size", kernel_size),
+        () if stride is None else as_ints(op, "pool_stride", stride),
+        as_ints(op, "pool_padding", padding),
+    )
+
+
 @overridable
 def conv_bn_relu(
     input,
@@ -195,8 +244,12 @@ def conv_bn_relu(
     groups=1,
     activation="relu",
     recompute=False,
+    pool_kernel_size=None,
+    pool_stride=None,
+    pool_padding=0,
 ):
-    """activation(batch_norm(conv2d(input, weight, bias)) + residual).
+    """activation(batch_norm(conv2d(input, weight, bias)) + residual), with max pooling behind it
+    where that is asked for.
 
     In inference (not training, and no gradient asked for) it is one kernel. In training the
     statistics come with the convolution where a kernel has them, and normalisation, residual and
@@ -213,6 +266,9 @@ def conv_bn_relu(
             or None.
         recompute: in training, compute the convolution again in backward instead of keeping its
             output: half of the memory for the time of one convolution.
+        pool_kernel_size, pool_stride, pool_padding: as of :func:`max_pool2d`; None: no pooling. In
+            inference it is part of the one kernel where one is there for it: see
+            :func:`conv2d_max_pool2d`.
 
     Raises:
         ValueError: for an unknown activation, and as :func:`batch_norm`.
@@ -233,23 +289,14 @@ def conv_bn_relu(
     dilation = as_ints("conv_bn_relu", "dilation", dilation)
     groups = as_int("conv_bn_relu", "groups", groups)
     input, padding = resolve_padding(input, weight, stride, padding, dilation)
+    pool = ()
+    if pool_kernel_size is not None:
+        pool = pool_arguments("conv_bn_relu", pool_kernel_size, pool_stride, pool_padding)
     if not training and running_mean is not None and running_var is not None:
-        _check_batch_norm(input, training, eps)
-        return _conv_bn_act(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            residual,
-            eps,
-            stride,
-            padding,
-            dilation,
-            groups,
-            activation,
+        statistics = running_mean, running_var, bn_weight, bn_bias
+        geometry = stride, padding, dilation, groups
+        return conv_bn_act(
+            input, weight, bias, statistics, residual, eps, *geometry, activation, pool
         )
 
     unbatched = input.dim() == 3
@@ -275,4 +322,6 @@ def conv_bn_relu(
     if training:
         _check_running(out, running_mean, running_var)
         _update_statistics(out, running_mean, running_var, mean, var, momentum)
+    if pool:
+        out = _max_pool2d(out, *pool, (1, 1), False)
     return out.squeeze(0) if unbatched else out

@@ -16,7 +16,13 @@ from fastconv._arguments import (
     overridable,
     resolve_padding,
 )
-from fastconv._normalisation import batch_norm, batch_norm_relu, conv_bn_relu
+from fastconv._normalisation import (
+    batch_norm,
+    batch_norm_relu,
+    conv_bn_act,
+    conv_bn_relu,
+    pool_arguments,
+)
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -32,7 +38,6 @@ __all__ = [
 ]
 
 _conv2d = operator_named("conv2d")
-_conv2d_act_max_pool2d = operator_named("conv2d_act_max_pool2d")
 _max_pool2d = operator_named("max_pool2d")
 _max_pool2d_with_indices = operator_named("max_pool2d_with_indices")
 _avg_pool2d = operator_named("avg_pool2d")
@@ -200,16 +205,6 @@ def conv2d_max_pool2d(
     dilation = as_ints(op, "dilation", dilation)
     groups = as_int(op, "groups", groups)
     input, padding = resolve_padding(input, weight, stride, padding, dilation)
-    return _conv2d_act_max_pool2d(
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
-        as_ints(op, "pool_kernel_size", pool_kernel_size),
-        () if pool_stride is None else as_ints(op, "pool_stride", pool_stride),
-        as_ints(op, "pool_padding", pool_padding),
-    )
+    pool = pool_arguments(op, pool_kernel_size, pool_stride, pool_padding)
+    geometry = stride, padding, dilation, groups
+    return conv_bn_act(input, weight, bias, (), None, 0.0, *geometry, activation, pool)

@@ -1,4 +1,5 @@
-"""functional.conv2d_max_pool2d: one kernel or three, the same result as its parts."""
+"""Max pooling behind a convolution (conv2d_max_pool2d) and behind its BatchNorm (conv_bn_relu): one
+kernel or several, the same result as the parts."""
 
 import functools
 
@@ -137,6 +138,109 @@ def test_each_row(row, dtype, layout):
     assert ran or not support.must_run(row, dtype), f"{row.name} ran nothing"
 
 
+def statistics(name, dtype, device="cpu"):
+    """running_mean, running_var, weight, bias of a BatchNorm; of powers of two where the variance
+    is, so that integers stay exact with eps = 0."""
+    K = CASES[name][0].K
+    k = torch.arange(K, device=device)
+    values = (k % 3 - 1, 4.0 ** (k % 2), 2.0 ** (k % 3), k % 5 - 2)
+    return [v.to(torch.float64 if dtype == torch.float64 else torch.float32) for v in values]
+
+
+def fused_norm(name, args, training=False, activation="relu"):
+    """conv_bn_relu with the case's pooling."""
+    shape, pool = CASES[name]
+    x, w, b = args
+    mean, var, *affine = statistics(name, x.dtype, x.device)
+    return ff.conv_bn_relu(
+        *(x, w, b, mean, var, *affine),
+        **shape.options,
+        **pool_options(pool),
+        activation=activation,
+        eps=1e-5 if training else 0.0,
+        training=training,
+    )
+
+
+def parts_norm(module, name, args, training=False, activation="relu"):
+    shape, pool = CASES[name]
+    x, w, b = args
+    mean, var, *affine = statistics(name, x.dtype, x.device)
+    y = module.conv2d(x, w, b, **shape.options)
+    y = module.batch_norm(y, mean, var, *affine, training, 0.1, 1e-5 if training else 0.0)
+    return module.max_pool2d(activate(y, activation), *pool)
+
+
+@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_behind_batch_norm_integers_are_exact(dtype, layouts, backend):
+    for name in CASES:
+        x, w, b = tensors(name, "integers", dtype)
+        out = fused_norm(name, placed(x, w, b, layouts, backend.device))
+        expected = parts_norm(F, name, [t.double() for t in (x, w, b)])
+        if dtype not in (torch.float32, torch.float64):  # rounded once
+            expected = expected.to(dtype).double()
+        assert_exact(out, expected)
+
+
+@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_each_row_behind_batch_norm(row, dtype, layout):
+    ran = 0
+    for name in CASES:
+        x, w, b = tensors(name, "normal", dtype)
+        args = placed(x, w, b, (layout, layout), support.row_device(row))
+        out, reason = support.forced(row, functools.partial(fused_norm, name, args))
+        if reason:
+            continue
+        ran += 1
+        expected = parts_norm(F, name, [t.double() for t in (x, w, b)])
+        peers = [parts_norm(F, name, placed(x, w, b, (f, f))) for f in FORMATS]
+        support.assert_contract(out, expected, peers)
+    support.coverage["conv2d_max_pool2d fprop behind BatchNorm: row x case x dtype x layout"] += ran
+    assert ran or not support.must_run(row, dtype), f"{row.name} ran nothing"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradients_behind_batch_norm(training, backend):
+    name = "overlapping"
+    results = []
+    for call in (fused_norm, functools.partial(parts_norm, F)):
+        args = placed(*tensors(name, "normal", torch.float64), device=backend.device)
+        leaves = [t.clone().requires_grad_() for t in args]
+        out = call(name, leaves, training)
+        weights = torch.arange(out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-7)
+
+
+def test_a_residual_before_the_pooling(backend):
+    """No kernel pools behind a residual: it is a kernel more, and the same result."""
+    x, w, b = placed(*tensors("rest", "normal", torch.float32), device=backend.device)
+    y = ff.conv2d(x, w, b, padding=1)
+    residual = torch.linspace(-3, 3, y.numel(), device=y.device).view_as(y)
+    norm = statistics("rest", torch.float32, x.device)
+    out = ff.conv_bn_relu(x, w, b, *norm, residual=residual, padding=1, pool_kernel_size=3)
+    expected = F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, w, b, padding=1), *norm) + residual), 3)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_come_together():
+    x, w, b = tensors("rest", "normal", torch.float32)
+    mean = torch.zeros(4)
+    tail = (0.0, (1, 1), (1, 1), (1, 1), 1, "relu")
+    call = torch.ops.fastconv.conv_bn_act
+    for device in ("cpu", "meta"):
+        x, w, b, mean = (t.to(device) for t in (x, w, b, mean))
+        with pytest.raises(RuntimeError, match="mean is given and var missing"):
+            call(x, w, b, mean, None, None, None, None, *tail)
+        with pytest.raises(RuntimeError, match="bn_weight is given and bn_bias missing"):
+            call(x, w, b, None, None, mean, None, None, *tail)
+    assert call(x, w, b, None, None, None, None, None, *tail).shape == (1, 4, 8, 10)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_unfused_it_is_the_parts_bit_for_bit(dtype):
     """The CPU has no row of its own for it: convolution, then pooling, and no fallback to ATen."""
@@ -155,6 +259,9 @@ def test_a_small_net_is_one_launch():
     args = tensors("lenet conv1", "normal", torch.float32)
     with fastconv.backend("emulator"), fastconv.emulator.launches() as log:
         fused("lenet conv1", args)
+    assert len(log) == 1, log
+    with fastconv.backend("emulator"), fastconv.emulator.launches() as log:
+        fused_norm("lenet conv1", args)
     assert len(log) == 1, log
 
 
@@ -209,8 +316,9 @@ def test_autocast_casts_as_conv2d(backend):
 @pytest.mark.parametrize("name", CASES)
 def test_meta_has_the_shape_and_the_strides(name, layouts):
     args = placed(*tensors(name, "integers", torch.float32), layouts)
-    real, meta = fused(name, args), fused(name, [t.to("meta") for t in args])
-    assert (meta.shape, meta.stride(), meta.dtype) == (real.shape, real.stride(), real.dtype)
+    for call in (fused, fused_norm):
+        real, meta = call(name, args), call(name, [t.to("meta") for t in args])
+        assert (meta.shape, meta.stride(), meta.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 def bad(**changes):

@@ -316,9 +316,14 @@ void check_batched(const char* op, const at::Tensor& input) {
               size_text(input.sym_sizes()));
 }
 
-void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const at::Tensor& mean,
-                  const at::Tensor& var, const OptionalTensor& bn_weight,
+void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const OptionalTensor& mean,
+                  const OptionalTensor& var, const OptionalTensor& bn_weight,
                   const OptionalTensor& bn_bias, const OptionalTensor& residual) {
+  const auto given = [](const OptionalTensor& t) { return t ? "given" : "missing"; };
+  TORCH_CHECK(mean.has_value() == var.has_value(), "conv_bn_relu: mean and var come together, but ",
+              "mean is ", given(mean), " and var ", given(var));
+  TORCH_CHECK(mean || (!bn_weight && !bn_bias), "conv_bn_relu: without mean and var nothing is ",
+              "normalised, but bn_weight is ", given(bn_weight), " and bn_bias ", given(bn_bias));
   check_per_channel(input, sizes.output[1], bn_weight, bn_bias, mean, var);
   check_residual("conv_bn_relu", residual, SymIntArrayRef(sizes.output.data(), 4), input);
 }

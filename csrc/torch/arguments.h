@@ -57,8 +57,8 @@ void check_conv2d_ranks(const at::Tensor& input, const at::Tensor& weight);
 void check_batched(const char* op, const at::Tensor& input);
 
 // The BatchNorm and residual of a fused convolution, against the convolution's own sizes.
-void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const at::Tensor& mean,
-                  const at::Tensor& var, const OptionalTensor& bn_weight,
+void check_folded(const at::Tensor& input, const Conv2dSizes& sizes, const OptionalTensor& mean,
+                  const OptionalTensor& var, const OptionalTensor& bn_weight,
                   const OptionalTensor& bn_bias, const OptionalTensor& residual);
 
 struct Pool2dSizes {

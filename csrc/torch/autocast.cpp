@@ -30,14 +30,17 @@ struct Autocast {
   }
 
   static Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                            const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
-                            const OptionalTensor& bn_bias, const OptionalTensor& residual,
-                            double eps, SymIntArrayRef stride, SymIntArrayRef padding,
-                            SymIntArrayRef dilation, SymInt groups, std::string_view activation) {
+                            const OptionalTensor& mean, const OptionalTensor& var,
+                            const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                            const OptionalTensor& residual, double eps, SymIntArrayRef stride,
+                            SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                            std::string_view activation, SymIntArrayRef pool_kernel,
+                            SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
     c10::impl::ExcludeDispatchKeyGuard off(
         at::autocast::get_autocast_dispatch_key_from_device_type(device));
     return ops::conv_bn_act(cast(input), cast(weight), cast(bias), mean, var, bn_weight, bn_bias,
-                            cast(residual), eps, stride, padding, dilation, groups, activation);
+                            cast(residual), eps, stride, padding, dilation, groups, activation,
+                            pool_kernel, pool_stride, pool_padding);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
@@ -51,19 +54,6 @@ struct Autocast {
                                  cast(residual), eps, stride, padding, dilation, groups, activation,
                                  recompute);
   }
-
-  static Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight,
-                                      const OptionalTensor& bias, SymIntArrayRef stride,
-                                      SymIntArrayRef padding, SymIntArrayRef dilation,
-                                      SymInt groups, std::string_view activation,
-                                      SymIntArrayRef pool_kernel, SymIntArrayRef pool_stride,
-                                      SymIntArrayRef pool_padding) {
-    c10::impl::ExcludeDispatchKeyGuard off(
-        at::autocast::get_autocast_dispatch_key_from_device_type(device));
-    return ops::conv2d_act_max_pool2d(cast(input), cast(weight), cast(bias), stride, padding,
-                                      dilation, groups, activation, pool_kernel, pool_stride,
-                                      pool_padding);
-  }
 };
 
 }  // namespace
@@ -71,13 +61,11 @@ struct Autocast {
 TORCH_LIBRARY_IMPL(fastconv, AutocastCPU, m) {
   m.impl("conv2d", &Autocast<at::kCPU>::conv2d);
   m.impl("conv_bn_act", &Autocast<at::kCPU>::conv_bn_act);
-  m.impl("conv2d_act_max_pool2d", &Autocast<at::kCPU>::conv2d_act_max_pool2d);
   m.impl("conv_bn_training", &Autocast<at::kCPU>::conv_bn_training);
 }
 TORCH_LIBRARY_IMPL(fastconv, AutocastCUDA, m) {
   m.impl("conv2d", &Autocast<at::kCUDA>::conv2d);
   m.impl("conv_bn_act", &Autocast<at::kCUDA>::conv_bn_act);
-  m.impl("conv2d_act_max_pool2d", &Autocast<at::kCUDA>::conv2d_act_max_pool2d);
   m.impl("conv_bn_training", &Autocast<at::kCUDA>::conv_bn_training);
 }
 

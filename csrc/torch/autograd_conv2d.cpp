@@ -182,25 +182,6 @@ Tensor conv2d_bgrad(const Tensor& grad) {
   return out;
 }
 
-// One kernel where no derivative is asked for; otherwise its differentiable parts.
-Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
-                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
-  const bool differentiate = torch::autograd::compute_requires_grad(input, weight, bias) ||
-                             any_tangent(input, weight, bias);
-  if (!differentiate) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return ops::conv2d_act_max_pool2d(input, weight, bias, stride, padding, dilation, groups,
-                                      activation, pool_kernel, pool_stride, pool_padding);
-  }
-  const Activation act = activation_of(activation);
-  const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
-  const SymInt one = 1;
-  return ops::max_pool2d(apply_activation(y, act), pool_kernel, pool_stride, pool_padding, one,
-                         /*ceil_mode=*/false);
-}
-
 }  // namespace
 
 void set_conv2d_history(const Tensor& out, const Tensor& input, const Tensor& weight,
@@ -216,7 +197,6 @@ TORCH_LIBRARY_IMPL(fastconv, Autograd, m) {
   m.impl("conv2d_dgrad", &conv2d_dgrad);
   m.impl("conv2d_wgrad", &conv2d_wgrad);
   m.impl("conv2d_bgrad", &conv2d_bgrad);
-  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
 }
 
 }  // namespace fastconv

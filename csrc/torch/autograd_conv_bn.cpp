@@ -1,6 +1,8 @@
 // Autograd of a convolution with BatchNorm, a residual and an activation behind it.
+#include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
+#include "torch/activation.h"
 #include "torch/autograd_batch_norm.h"
 #include "torch/geometry.h"
 #include "torch/history.h"
@@ -16,29 +18,38 @@ using c10::SymInt;
 using c10::SymIntArrayRef;
 
 // One kernel where no derivative is asked for; otherwise a convolution, whose result is kept for
-// backward, and one pass over it.
+// backward, one pass over it, and a pooling.
 Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
-                   const OptionalTensor& bn_bias, const OptionalTensor& residual, double eps,
-                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   SymInt groups, std::string_view activation) {
+                   const OptionalTensor& mean, const OptionalTensor& var,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                   const OptionalTensor& residual, double eps, SymIntArrayRef stride,
+                   SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                   std::string_view activation, SymIntArrayRef pool_kernel,
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
   const bool differentiate =
       torch::autograd::compute_requires_grad(input, weight, bias, bn_weight, bn_bias, residual) ||
       any_tangent(input, weight, bias, bn_weight, bn_bias, residual);
   if (!differentiate) {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::conv_bn_act(input, weight, bias, mean, var, bn_weight, bn_bias, residual, eps,
-                            stride, padding, dilation, groups, activation);
+                            stride, padding, dilation, groups, activation, pool_kernel, pool_stride,
+                            pool_padding);
   }
   if (input.dim() == 3) {
     return ops::conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
                             residual ? OptionalTensor(residual->unsqueeze(0)) : residual, eps,
-                            stride, padding, dilation, groups, activation)
+                            stride, padding, dilation, groups, activation, pool_kernel, pool_stride,
+                            pool_padding)
         .squeeze(0);
   }
   const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);
   check_residual("conv_bn_relu", residual, y.sym_sizes(), y);
-  return ops::batch_norm_inference(y, bn_weight, bn_bias, mean, var, residual, eps, activation);
+  const Tensor z = mean ? ops::batch_norm_inference(y, bn_weight, bn_bias, *mean, *var, residual,
+                                                    eps, activation)
+                        : apply_activation(residual ? y + *residual : y, activation_of(activation));
+  if (pool_kernel.empty()) return z;
+  const SymInt one = 1;
+  return ops::max_pool2d(z, pool_kernel, pool_stride, pool_padding, one, /*ceil_mode=*/false);
 }
 
 // Training that keeps the convolution's input and not its result, which backward computes again.

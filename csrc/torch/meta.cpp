@@ -35,17 +35,23 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
                           memory_format(channels_last));
 }
 
+Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
+                  SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode);
+
 Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
-                   const OptionalTensor& bn_bias, const OptionalTensor& residual, double,
-                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   SymInt groups, std::string_view activation) {
+                   const OptionalTensor& mean, const OptionalTensor& var,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                   const OptionalTensor& residual, double, SymIntArrayRef stride,
+                   SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                   std::string_view activation, SymIntArrayRef pool_kernel,
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
   activation_of(activation);
   check_conv2d_ranks(input, weight);
   if (input.dim() == 3) {
     return conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
                        residual ? OptionalTensor(residual->unsqueeze(0)) : residual, 0, stride,
-                       padding, dilation, groups, activation)
+                       padding, dilation, groups, activation, pool_kernel, pool_stride,
+                       pool_padding)
         .squeeze(0);
   }
   const Tensor out = conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -53,26 +59,9 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
     check_folded(input, check_conv2d(input, weight, bias, stride, padding, dilation, groups), mean,
                  var, bn_weight, bn_bias, residual);
   }
-  return out;
-}
-
-Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
-                  SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode);
-
-Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
-                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
-  activation_of(activation);
-  check_conv2d_ranks(input, weight);
-  if (input.dim() == 3) {
-    return conv2d_act_max_pool2d(input.unsqueeze(0), weight, bias, stride, padding, dilation,
-                                 groups, activation, pool_kernel, pool_stride, pool_padding)
-        .squeeze(0);
-  }
+  if (pool_kernel.empty()) return out;
   const SymInt one = 1;
-  return max_pool2d(conv2d(input, weight, bias, stride, padding, dilation, groups), pool_kernel,
-                    pool_stride, pool_padding, one, /*ceil_mode=*/false);
+  return max_pool2d(out, pool_kernel, pool_stride, pool_padding, one, /*ceil_mode=*/false);
 }
 
 Tensor empty_gradient(const Tensor& grad, SymIntArrayRef size, bool channels_last) {
@@ -221,7 +210,6 @@ TORCH_LIBRARY_IMPL(fastconv, Meta, m) {
   m.impl("conv2d_wgrad", &conv2d_wgrad);
   m.impl("conv2d_bgrad", &conv2d_bgrad);
   m.impl("conv_bn_act", &conv_bn_act);
-  m.impl("conv2d_act_max_pool2d", &conv2d_act_max_pool2d);
   m.impl("conv_bn_training", &conv_bn_training);
   m.impl("max_pool2d", &max_pool2d);
   m.impl("max_pool2d_with_offsets", &max_pool2d_with_offsets);

@@ -40,12 +40,15 @@ Tensor conv2d_wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weig
 Tensor conv2d_bgrad(const Tensor& grad) { FASTCONV_CALL(conv2d_bgrad, grad); }
 
 Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
-                   const OptionalTensor& bn_bias, const OptionalTensor& residual, double eps,
-                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   SymInt groups, std::string_view activation) {
+                   const OptionalTensor& mean, const OptionalTensor& var,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                   const OptionalTensor& residual, double eps, SymIntArrayRef stride,
+                   SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                   std::string_view activation, SymIntArrayRef pool_kernel,
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
   FASTCONV_CALL(conv_bn_act, input, weight, bias, mean, var, bn_weight, bn_bias, residual, eps,
-                stride, padding, dilation, std::move(groups), activation);
+                stride, padding, dilation, std::move(groups), activation, pool_kernel, pool_stride,
+                pool_padding);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
@@ -55,14 +58,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     SymInt groups, std::string_view activation, bool recompute) {
   FASTCONV_CALL(conv_bn_training, input, weight, bias, bn_weight, bn_bias, residual, eps, stride,
                 padding, dilation, std::move(groups), activation, recompute);
-}
-
-Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
-                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
-  FASTCONV_CALL(conv2d_act_max_pool2d, input, weight, bias, stride, padding, dilation,
-                std::move(groups), activation, pool_kernel, pool_stride, pool_padding);
 }
 
 Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,

@@ -29,19 +29,17 @@ Tensor conv2d_wgrad(const Tensor& grad, const Tensor& input, SymIntArrayRef weig
                     SymInt groups, bool channels_last);
 Tensor conv2d_bgrad(const Tensor& grad);
 Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
-                   const OptionalTensor& bn_bias, const OptionalTensor& residual, double eps,
-                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   SymInt groups, std::string_view activation);
+                   const OptionalTensor& mean, const OptionalTensor& var,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                   const OptionalTensor& residual, double eps, SymIntArrayRef stride,
+                   SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
+                   std::string_view activation, SymIntArrayRef pool_kernel,
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding);
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
     double eps, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
     SymInt groups, std::string_view activation, bool recompute);
-Tensor conv2d_act_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                             SymInt groups, std::string_view activation, SymIntArrayRef pool_kernel,
-                             SymIntArrayRef pool_stride, SymIntArrayRef pool_padding);
 
 Tensor max_pool2d(const Tensor& input, SymIntArrayRef kernel_size, SymIntArrayRef stride,
                   SymIntArrayRef padding, SymIntArrayRef dilation, bool ceil_mode);

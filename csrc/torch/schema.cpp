@@ -14,11 +14,13 @@ TORCH_LIBRARY(fastconv, m) {
       "conv2d_wgrad(Tensor grad, Tensor input, SymInt[] weight_size, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool channels_last) -> Tensor");
   m.def("conv2d_bgrad(Tensor grad) -> Tensor");
-  // Inference: activation(batch_norm(conv2d(input)) + residual) in one kernel.
+  // Inference: max_pool2d(activation(batch_norm(conv2d(input)) + residual)) in one kernel where one
+  // has all of it. Without mean and var nothing is normalised; without pool_kernel nothing pooled.
   m.def(
-      "conv_bn_act(Tensor input, Tensor weight, Tensor? bias, Tensor mean, Tensor var, "
+      "conv_bn_act(Tensor input, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, "
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, "
-      "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation) -> Tensor");
+      "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation, "
+      "SymInt[2] pool_kernel=[], SymInt[2] pool_stride=[], SymInt[2] pool_padding=0) -> Tensor");
 
   // Training: activation(batch_norm(conv2d(input)) + residual) with the batch's own statistics.
   // Returns the output, the convolution's result, mean and biased variance (float32; float64 for
@@ -29,12 +31,6 @@ TORCH_LIBRARY(fastconv, m) {
       "Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, SymInt[2] padding, "
       "SymInt[2] dilation, SymInt groups, str activation, bool recompute) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
-
-  // Inference of small nets: max_pool2d(activation(conv2d(input))) in one kernel.
-  m.def(
-      "conv2d_act_max_pool2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
-      "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation, "
-      "SymInt[2] pool_kernel, SymInt[2] pool_stride, SymInt[2] pool_padding) -> Tensor");
 
   // An empty stride means: as kernel_size.
   m.def(

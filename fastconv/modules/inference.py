@@ -4,6 +4,7 @@ exist."""
 from torch import Tensor, nn
 
 from fastconv import functional
+from fastconv._normalisation import conv_bn_act, pool_arguments
 from fastconv.modules.conv import output_dtype, padded
 from fastconv.modules.plain import activate
 
@@ -19,7 +20,7 @@ class FusedConv2d(nn.Module):
         conv: a Conv2d.
         bn: what holds running_mean, running_var, weight, bias and eps, or None.
         activation: a name as of :class:`fastconv.ConvBNReLU2d`, or None.
-        pool: a MaxPool2d, where there is neither BatchNorm nor a residual, or None.
+        pool: a MaxPool2d without ceil_mode, indices and dilation, or None.
     """
 
     def __init__(self, conv, bn=None, activation=None, pool=None):
@@ -32,46 +33,28 @@ class FusedConv2d(nn.Module):
         weight, stride, dilation = conv.weight, conv.stride, conv.dilation
         input, padding = padded(conv, input)
         input, padding = functional.resolve_padding(input, weight, stride, padding, dilation)
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-        if self.pool is not None:
-            return self._pooled(input, weight, geometry)
-        if residual is None or _fits(residual, input, weight, **geometry):
-            return self._folded(input, weight, geometry, residual, self.activation)
-        z = self._folded(input, weight, geometry, None, None)
-        return _add_apart(z, residual, self.activation)
+        geometry = stride, padding, dilation
+        if residual is None or _fits(residual, input, weight, *geometry):
+            return self._folded(input, geometry, residual, self.activation, self._pool())
+        z = self._folded(input, geometry, None, "none", ())
+        z = _add_apart(z, residual, self.activation)
+        return z if self.pool is None else self.pool(z)
 
-    def _folded(self, input, weight, geometry, residual, activation):
-        bn = self.bn
+    def _folded(self, input, geometry, residual, activation, pool):
+        conv, bn = self.conv, self.bn
+        statistics, eps = (), 0.0
         if bn is not None:
-            statistics = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        else:  # the operator wants statistics: the identity's
-            K = weight.shape[0]
-            statistics = (weight.new_zeros(K), weight.new_ones(K), None, None)
-        return functional.conv_bn_relu(
-            input,
-            weight,
-            self.conv.bias,
-            *statistics,
-            residual=residual,
-            eps=0.0 if bn is None else bn.eps,
-            groups=self.conv.groups,
-            activation=activation,
-            **geometry,
+            statistics, eps = (bn.running_mean, bn.running_var, bn.weight, bn.bias), bn.eps
+        return conv_bn_act(
+            *(input, conv.weight, conv.bias, statistics, residual, eps),
+            *(*geometry, conv.groups, activation, pool),
         )
 
-    def _pooled(self, input, weight, geometry):
+    def _pool(self):
+        if self.pool is None:
+            return ()
         pool = self.pool
-        return functional.conv2d_max_pool2d(
-            input,
-            weight,
-            self.conv.bias,
-            groups=self.conv.groups,
-            activation=self.activation,
-            pool_kernel_size=pool.kernel_size,
-            pool_stride=pool.stride,
-            pool_padding=pool.padding,
-            **geometry,
-        )
+        return pool_arguments("max_pool2d", pool.kernel_size, pool.stride, pool.padding)
 
     def extra_repr(self):
         return f"activation={self.activation!r}"
