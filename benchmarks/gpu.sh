@@ -20,9 +20,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 PATH=$CUDA_HOME/bin:$PATH
 
-test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd modules
-  pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet triton_rows triton_runtime
-  triton_autotune triton_networks tf32 autotuning)
+test_files=(cuda alignment fused_pool batch_norm pooling conv2d_kernels autograd derivatives
+  torch_func modules pytorch_samples seed_facts choice geometry_hypothesis bad_input lenet
+  triton_rows triton_host triton_runtime triton_autotune triton_networks tf32 autotuning)
 tools=(memcheck racecheck synccheck)
 benches=(bfloat16 float16 tf32 float32 fused choice bfloat16-more float16-more tf32-more float32-more
   triton inductor other)
@@ -85,7 +85,7 @@ slice_tests() { # FILE
     batch_norm | pooling) compiler=none ;;
     conv2d_kernels) select=(-k "sm80 or sm90 or cuda or triton") compiler=none ;;
     alignment | fused_pool) select=(-k "not emulat") ;;
-    autograd | modules) select=(-k cuda) ;;
+    autograd | derivatives | torch_func | modules) select=(-k cuda) ;;
   esac
   CXX=$compiler "$python" -m pytest -q -p no:cacheprovider "tests/test_$1.py" "${select[@]}" \
     --junitxml "$out/tests-$1.xml"

@@ -1,4 +1,5 @@
-"""Fixtures and settings of all tests. Helpers: references.py (right answers), support.py."""
+"""Fixtures and settings of all tests. Helpers: references.py (right answers), support.py, and
+the other files here whose names do not begin with test."""
 
 import os
 import sys

@@ -265,7 +265,7 @@ def test_a_forced_kernel_that_cannot_run_says_why():
         if (row.op, row.direction) != ("conv2d", "fprop"):
             continue
         if row.backend == "triton" and triton_kernels.available():
-            continue  # kernel() itself refuses: see test_triton_rows.py
+            continue  # kernel() itself refuses: see test_triton_host.py
         for shape in CONV_EDGES:
             case = support.conv_case(shape, "integers", torch.float32)
             text = None

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastconv
 from fastconv import surgery
-from test_fuse import Net, bn, check, conv, image
+from fusing import Net, bn, check, conv, image
 
 
 class Scaled:
