@@ -189,6 +189,7 @@ def conv_bn_act(
     groups,
     activation,
     pool=(),
+    keep_filter=False,
 ):
     """Evaluation's one operator, for arguments that have been brought into its form.
 
@@ -196,6 +197,7 @@ def conv_bn_act(
         statistics: (running_mean, running_var, bn_weight, bn_bias), or () where nothing is
             normalised.
         pool: max pooling's (kernel_size, stride, padding), or ().
+        keep_filter: on a CPU, keep the filter as the kernel packs it, until it changes.
         The others: as of :func:`conv_bn_relu`; stride, padding and dilation are pairs.
     """
     _check_batch_norm(input, False, eps)
@@ -212,6 +214,7 @@ def conv_bn_act(
         groups,
         activation,
         *pool,
+        keep_filter=keep_filter,
     )
 
 

@@ -42,6 +42,36 @@ def test_derivatives_at_the_kinks_are_torchs(activation, twice):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_of_evaluation_are_torchs(activation, with_residual):
+    """Of piecewise linear activations they are 0, not an error."""
+    torch.manual_seed(0)
+    norm = torch.randn(3), torch.rand(3) + 0.5
+    leaves = [torch.randn(2, 3, 4, 4), torch.randn(3), torch.randn(3)]
+    residual = torch.randn(2, 3, 4, 4) if with_residual else None
+    results = []
+    for fused in (True, False):
+        x, w, b = given = [t.double().requires_grad_() for t in leaves]
+        r = None if residual is None else residual.double()
+        statistics = [t.double() for t in norm]
+        if fused:
+            y = ff.batch_norm_relu(x, *statistics, w, b, residual=r, activation=activation)
+        else:
+            z = F.batch_norm(x, *statistics, w, b)
+            y = ACTIVATIONS[activation](z if r is None else z + r)
+        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.sum() for g in first), given, retain_graph=True))
+        (alone,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        unused = torch.autograd.grad(alone.sum(), x, allow_unused=activation in (None, "none"))
+        results[-1] += unused
+    for ours, theirs in zip(*results, strict=True):
+        if ours is None or theirs is None:
+            assert ours is theirs
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "aten"])
 @pytest.mark.parametrize("twice", [False, True])
 def test_an_infinite_gradient_ends_where_the_activation_is_flat(twice, backend):

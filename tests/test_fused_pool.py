@@ -90,9 +90,14 @@ def reference(name, x, w, b, activation="relu"):
     )[0]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+# Every dtype, every pair of layouts, with bias and without; not their product, which the rows get
+# in test_each_row.
+MIXES = [(torch.float32, layouts, layouts[0] == "NHWC") for layouts in LAYOUT_PAIRS]
+MIXES += [(dtype, ("NHWC", "NHWC"), True) for dtype in DTYPES if dtype != torch.float32]
+MIX_NAMES = [f"{name_of(d)}-{'-'.join(f)}-{'bias' if b else 'no bias'}" for d, f, b in MIXES]
+
+
+@pytest.mark.parametrize("dtype, layouts, bias", MIXES, ids=MIX_NAMES)
 def test_integers_are_the_parts_bit_for_bit(dtype, layouts, bias, backend):
     for name in CASES:
         args = placed(*tensors(name, "integers", dtype, bias), layouts, backend.device)
@@ -102,8 +107,10 @@ def test_integers_are_the_parts_bit_for_bit(dtype, layouts, bias, backend):
         assert_exact(out, reference(name, *tensors(name, "integers", dtype, bias)))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype, activation", [
+    *[(torch.float32, activation) for activation in ACTIVATIONS],
+    *[(dtype, "silu") for dtype in DTYPES if dtype != torch.float32],
+], ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else str(value))  # fmt: skip
 def test_activations_keep_the_contract(dtype, activation, backend):
     for name in CASES:
         x, w, b = tensors(name, "normal", dtype)
@@ -171,13 +178,13 @@ def parts_norm(module, name, args, training=False, activation="relu"):
     return module.max_pool2d(activate(y, activation), *pool)
 
 
-@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_behind_batch_norm_integers_are_exact(dtype, layouts, backend):
+@pytest.mark.parametrize("dtype, layouts, bias", MIXES, ids=MIX_NAMES)
+def test_behind_batch_norm_integers_are_exact(dtype, layouts, bias, backend):
     for name in CASES:
-        x, w, b = tensors(name, "integers", dtype)
+        x, w, b = tensors(name, "integers", dtype, bias)
         out = fused_norm(name, placed(x, w, b, layouts, backend.device))
-        expected = parts_norm(F, name, [t.double() for t in (x, w, b)])
+        exact = [None if t is None else t.double() for t in (x, w, b)]
+        expected = parts_norm(F, name, exact)
         if dtype not in (torch.float32, torch.float64):  # rounded once
             expected = expected.to(dtype).double()
         assert_exact(out, expected)

@@ -27,7 +27,7 @@ def opcheck_samples(device):
     pooled = (2, 4, 3, 2)
     samples = {name: [] for name in (
         "conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bgrad", "conv_bn_act", "conv_bn_training",
-        "conv2d_act_max_pool2d", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
+        "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
         "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "adaptive_avg_pool2d",
         "adaptive_avg_pool2d_backward", "batch_norm_training", "batch_norm_inference",
         "batch_norm_backward",
@@ -42,20 +42,19 @@ def opcheck_samples(device):
         samples["conv2d_wgrad"] += [(t(*out), t(*x), list(w), *tail, last)]
         samples["conv2d_bgrad"] += [(t(*out),)]
         norm, fixed = (r(6, grad=False), positive(6)), (t(*x, grad=False), t(*w, grad=False))
+        none = (None, None, None, None)
         samples["conv_bn_act"] += [
             (*fixed, None, *norm, None, None, None, 1e-5, *tail, "relu"),
             (*fixed, *norm[:1], *norm, *norm, t(*out, grad=False), 1e-5, *tail, "silu"),
+            (*fixed, norm[0], *none, None, 0.0, *tail, "relu", [2, 2], [], [0, 0]),
+            (*fixed, None, *norm, None, None, None, 1e-5, *tail, "silu", *window),
+            (t(*x), t(*w), r(*b), *none, t(*out), 0.0, *tail, "relu", *window),
         ]  # fmt: skip
         samples["conv_bn_training"] += [
             (t(*x), t(*w), r(*b), r(6), r(6), None, 1e-5, *tail, "none", False),
             (t(*x), t(*w), None, None, None, None, 1e-3, *tail, "silu", False),
             (t(*x), t(*w), None, r(6), r(6), t(*out), 1e-5, *tail, "relu", False),
             (t(*x), t(*w), r(*b), r(6), r(6), t(*out), 1e-5, *tail, "hardswish", True),
-        ]
-        samples["conv2d_act_max_pool2d"] += [
-            (*fixed, None, *tail, "relu", [2, 2], [], [0, 0]),
-            (*fixed, norm[0], *tail, "silu", *window),
-            (t(*x), t(*w), r(*b), *tail, "relu", *window),
         ]
         for name in ("max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices"):
             samples[name] += [

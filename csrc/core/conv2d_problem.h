@@ -36,6 +36,7 @@ struct Conv2dProblem {
   DType dtype = DType::kFloat32;
   Layout layout = Layout::kNCHW;  // of input and output (and their gradients), densely packed
   Layout filter_layout = Layout::kNCHW;  // KCRS or KRSC, densely packed
+  bool filter_kept = false;              // fprop: the filter comes packed, in Conv2dArgs::packed
   bool tf32 = false;  // float32 operands may be rounded to TF32, as torch's switches say
   Epilogue epilogue;  // fprop only
 
@@ -67,6 +68,7 @@ struct Conv2dProblem {
 struct Conv2dArgs {
   const void* input = nullptr;
   const void* filter = nullptr;
+  const void* packed = nullptr;  // where filter_kept: the filter as the row's `pack` left it
   const void* grad = nullptr;
   const void* scale = nullptr;
   const void* shift = nullptr;

@@ -70,6 +70,12 @@ struct Kernel {
   std::function<double(const Problem&, const Device&)> cost;
   std::function<size_t(const Problem&, const Device&)> workspace;  // bytes; empty function: none
   std::function<void(const Problem&, const Args&, const Context&)> launch;
+  // For filters that are packed ahead and kept. Empty functions: the row packs none.
+  std::function<size_t(const Problem&, const Device&)> packed_bytes;
+  // What the packed form depends on besides the filter: where it is equal, one serves both
+  // problems.
+  std::function<uint64_t(const Problem&, const Device&)> packing;
+  std::function<void(const Problem&, const Args&, const Context&)> pack;  // filter into out
 };
 
 using Conv2dKernel = Kernel<Conv2dProblem, Conv2dArgs>;

@@ -119,5 +119,9 @@ size_t conv2d_igemm_nhwc_workspace(const Conv2dProblem&, Direction, CpuIsa, int 
 size_t conv2d_igemm_nchw_workspace(const Conv2dProblem&, Direction, CpuIsa, int threads);
 void conv2d_igemm_nhwc(const Conv2dProblem&, Direction, CpuIsa, const Conv2dArgs&, const Context&);
 void conv2d_igemm_nchw(const Conv2dProblem&, Direction, CpuIsa, const Conv2dArgs&, const Context&);
+// fprop's filter packed ahead: see core/kernel_table.h.
+size_t conv2d_igemm_nhwc_packed(const Conv2dProblem&, CpuIsa);
+uint64_t conv2d_igemm_nhwc_packing(const Conv2dProblem&, CpuIsa);
+void conv2d_igemm_nhwc_pack(const Conv2dProblem&, CpuIsa, const Conv2dArgs&, const Context&);
 
 }  // namespace fastconv

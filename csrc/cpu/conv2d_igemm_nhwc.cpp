@@ -43,15 +43,32 @@ class IgemmNhwc {
     return scratch.used();
   }
 
+  // The panels of a filter depend on how the reduction is cut, and on nothing else of the problem.
+  uint64_t packing() const { return static_cast<uint64_t>(plans_.front().channel_chunk); }
+
+  size_t packed_bytes() {
+    Scratch scratch;
+    carve_panels(scratch);
+    return scratch.used();
+  }
+
+  void pack(const Conv2dArgs& args, const Context& context) {
+    call_.bind(args);
+    Scratch scratch(args.out);
+    carve_panels(scratch);
+    pack_filters(context);
+  }
+
   void run(const Conv2dArgs& args, const Context& context) {
     call_.bind(args);
     Scratch scratch(args.workspace);
     carve(scratch);
-    for_each_pass_unit(
-        context, plans_.size(), [&](size_t i) { return pack_units(call_.passes[i], plans_[i]); },
-        [&](size_t i, int64_t begin, int64_t end) {
-          pack_filter(call_.passes[i], plans_[i], begin, end);
-        });
+    if (call_.p.filter_kept) {
+      Scratch kept(const_cast<void*>(args.packed));  // only read
+      carve_panels(kept);
+    } else {
+      pack_filters(context);
+    }
     for_each_worker(context, [&](int64_t worker) {
       const int64_t offset = worker * worker_stride_;
       for (const Plan& plan : plans_) run_share(plan, worker, gathered_ + offset, sums_ + offset);
@@ -59,6 +76,14 @@ class IgemmNhwc {
   }
 
  private:
+  void pack_filters(const Context& context) {
+    for_each_pass_unit(
+        context, plans_.size(), [&](size_t i) { return pack_units(call_.passes[i], plans_[i]); },
+        [&](size_t i, int64_t begin, int64_t end) {
+          pack_filter(call_.passes[i], plans_[i], begin, end);
+        });
+  }
+
   struct Plan {
     Gather gather;  // of a group
     OutputGrid out;
@@ -162,10 +187,16 @@ class IgemmNhwc {
     }
   }
 
-  void carve(Scratch& scratch) {
-    int64_t gathered = 0, sums = 0;
+  void carve_panels(Scratch& scratch) {
     for (Plan& plan : plans_) {
       plan.packed = scratch.template take<Acc>(plan.groups * plan.packed_group);
+    }
+  }
+
+  void carve(Scratch& scratch) {
+    int64_t gathered = 0, sums = 0;
+    if (!call_.p.filter_kept) carve_panels(scratch);
+    for (const Plan& plan : plans_) {
       const int64_t pixels = plan.source == Source::kWindow ? plan.max_units * plan.gather.w.count
                                                             : plan.max_units * plan.unit;
       gathered = std::max(gathered, plan.gathered_size);
@@ -440,6 +471,25 @@ size_t conv2d_igemm_nhwc_workspace(const Conv2dProblem& p, Direction direction, 
                                    int threads) {
   return dispatch_dtype(p.dtype, [&](auto zero) {
     return IgemmNhwc<decltype(zero)>(p, direction, isa, threads).workspace_bytes();
+  });
+}
+
+size_t conv2d_igemm_nhwc_packed(const Conv2dProblem& p, CpuIsa isa) {
+  return dispatch_dtype(p.dtype, [&](auto zero) {
+    return IgemmNhwc<decltype(zero)>(p, Direction::kFprop, isa, 1).packed_bytes();
+  });
+}
+
+uint64_t conv2d_igemm_nhwc_packing(const Conv2dProblem& p, CpuIsa isa) {
+  return dispatch_dtype(p.dtype, [&](auto zero) {
+    return IgemmNhwc<decltype(zero)>(p, Direction::kFprop, isa, 1).packing();
+  });
+}
+
+void conv2d_igemm_nhwc_pack(const Conv2dProblem& p, CpuIsa isa, const Conv2dArgs& args,
+                            const Context& context) {
+  dispatch_dtype(p.dtype, [&](auto zero) {
+    IgemmNhwc<decltype(zero)>(p, Direction::kFprop, isa, context.threads).pack(args, context);
   });
 }
 

@@ -47,6 +47,19 @@ double cost_of_sum(const Conv2dProblem& p, const Device& device) {
                                   kBytesPerMicrosecond / device.threads;
 }
 
+// In NCHW the filter is read as it lies, or nearly: nothing to keep.
+void add_packing(Conv2dKernel& row, CpuIsa isa) {
+  row.packed_bytes = [=](const Conv2dProblem& p, const Device&) -> size_t {
+    return p.layout == Layout::kNHWC ? conv2d_igemm_nhwc_packed(p, isa) : 0;
+  };
+  row.packing = [=](const Conv2dProblem& p, const Device&) {
+    return conv2d_igemm_nhwc_packing(p, isa);
+  };
+  row.pack = [=](const Conv2dProblem& p, const Conv2dArgs& args, const Context& context) {
+    conv2d_igemm_nhwc_pack(p, isa, args, context);
+  };
+}
+
 void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
   Conv2dKernel row;
   row.name = std::string("conv2d_igemm_") + name_of(isa) + "_" + name_of(direction);
@@ -72,6 +85,7 @@ void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
     : p.layout == Layout::kNHWC      ? conv2d_igemm_nhwc(p, direction, isa, args, context)
                                      : conv2d_igemm_nchw(p, direction, isa, args, context);
   };
+  if (direction == Direction::kFprop) add_packing(row, isa);
   table.conv2d.push_back(std::move(row));
 }
 

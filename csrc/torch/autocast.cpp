@@ -35,12 +35,15 @@ struct Autocast {
                             const OptionalTensor& residual, double eps, SymIntArrayRef stride,
                             SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                             std::string_view activation, SymIntArrayRef pool_kernel,
-                            SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+                            SymIntArrayRef pool_stride, SymIntArrayRef pool_padding,
+                            bool keep_filter) {
     c10::impl::ExcludeDispatchKeyGuard off(
         at::autocast::get_autocast_dispatch_key_from_device_type(device));
-    return ops::conv_bn_act(cast(input), cast(weight), cast(bias), mean, var, bn_weight, bn_bias,
+    const Tensor filter = cast(weight);
+    keep_filter = keep_filter && filter.is_same(weight);  // a copy does not live long
+    return ops::conv_bn_act(cast(input), filter, cast(bias), mean, var, bn_weight, bn_bias,
                             cast(residual), eps, stride, padding, dilation, groups, activation,
-                            pool_kernel, pool_stride, pool_padding);
+                            pool_kernel, pool_stride, pool_padding, keep_filter);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(

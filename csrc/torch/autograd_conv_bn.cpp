@@ -25,7 +25,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    const OptionalTensor& residual, double eps, SymIntArrayRef stride,
                    SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                    std::string_view activation, SymIntArrayRef pool_kernel,
-                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool keep_filter) {
   const bool differentiate =
       torch::autograd::compute_requires_grad(input, weight, bias, bn_weight, bn_bias, residual) ||
       any_tangent(input, weight, bias, bn_weight, bn_bias, residual);
@@ -33,13 +33,13 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::conv_bn_act(input, weight, bias, mean, var, bn_weight, bn_bias, residual, eps,
                             stride, padding, dilation, groups, activation, pool_kernel, pool_stride,
-                            pool_padding);
+                            pool_padding, keep_filter);
   }
   if (input.dim() == 3) {
     return ops::conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
                             residual ? OptionalTensor(residual->unsqueeze(0)) : residual, eps,
                             stride, padding, dilation, groups, activation, pool_kernel, pool_stride,
-                            pool_padding)
+                            pool_padding, keep_filter)
         .squeeze(0);
   }
   const Tensor y = ops::conv2d(input, weight, bias, stride, padding, dilation, groups);

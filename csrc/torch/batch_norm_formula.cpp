@@ -1,6 +1,7 @@
 #include "torch/batch_norm_formula.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/hardtanh.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sum.h>
@@ -37,6 +38,13 @@ Tensor pre_activation(const Tensor& x_hat, const OptionalTensor& weight, const O
   return residual ? z + residual->to(x_hat.scalar_type()) : z;
 }
 
+// Zeros whose gradient by `t` is zero: what a derivative of steps has that autograd can follow, as
+// torch's own second derivatives do.
+Tensor flat(const Tensor& t) {
+  const Tensor zeros = at::zeros_like(t);
+  return at::where(t.isnan(), zeros, at::hardtanh(t, 0, 0));
+}
+
 }  // namespace
 
 Normalised normalise(const Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
@@ -64,7 +72,10 @@ Tensor before_activation(const Tensor& grad, const Tensor& x_hat, const Optional
   if (activation == Activation::kNone) return g;
   const Tensor z =
       out ? out->to(x_hat.scalar_type()) : pre_activation(x_hat, weight, bias, residual);
-  const Tensor d = derivative_of(z, activation);
+  Tensor d = derivative_of(z, activation);
+  if (derivative_from_output(activation)) {
+    d = d + flat(pre_activation(x_hat, weight, bias, out ? OptionalTensor() : residual));
+  }
   return at::where(d.eq(0), at::zeros_like(g), g * d);  // 0 of an infinite gradient, too
 }
 

@@ -11,6 +11,7 @@
 #include "torch/conv2d.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
+#include "torch/packed_filters.h"
 #include "torch/precision.h"
 
 namespace fastconv {
@@ -86,7 +87,13 @@ void run_forward(const Conv2dKernel& row, const Conv2dProblem& p, const Tensor& 
   args.out = out.mutable_data_ptr();
   args.mean_out = write(mean);
   args.var_out = write(var);
-  launch_conv2d(row, p, args, out);
+  Conv2dProblem problem = p;
+  problem.filter_kept = false;
+  const Conv2dKernel& settled = settled_row(row, problem, args, out);
+  const Tensor kept = p.filter_kept ? kept_filter(settled, problem, weight, out) : Tensor();
+  args.packed = read(kept);
+  problem.filter_kept = kept.defined();
+  launch(settled, problem, args, out);
 }
 
 namespace {

@@ -23,7 +23,8 @@ void launch_conv2d(const Conv2dKernel& row, const Conv2dProblem& p, const Conv2d
 at::Tensor empty_output(const Conv2dProblem& p, const at::Tensor& like, bool channels_last);
 
 // What a forward row reads and writes besides input, filter and output; undefined: nothing. The
-// residual may lie in any layout.
+// residual may lie in any layout. Where the problem says filter_kept, the packed filter is kept
+// (packed_filters.h) if the row has a way to.
 struct EpilogueTensors {
   at::Tensor scale, shift, residual, mean = {}, var = {};
 };

@@ -118,7 +118,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    const OptionalTensor& residual, double eps, SymIntArrayRef stride,
                    SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                    std::string_view activation, SymIntArrayRef pool_kernel,
-                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool keep_filter) {
   const Activation act = activation_of(activation);
   const bool pooling = !pool_kernel.empty();
   const SymInt one = 1;
@@ -144,7 +144,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
     return conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
                        residual ? OptionalTensor(residual->unsqueeze(0)) : residual, eps, stride,
                        padding, dilation, groups, activation, pool_kernel, pool_stride,
-                       pool_padding)
+                       pool_padding, keep_filter)
         .squeeze(0);
   }
   const Conv2dSizes sizes = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
@@ -153,6 +153,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   const bool channels_last = filter_channels_last || suggests_channels_last(input);
   Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
                                  input, channels_last, filter_channels_last);
+  p.filter_kept = keep_filter;
   p.epilogue.scale = mean.has_value();
   p.epilogue.shift = mean || bias;
   p.epilogue.residual = residual.has_value();

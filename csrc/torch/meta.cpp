@@ -44,14 +44,14 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    const OptionalTensor& residual, double, SymIntArrayRef stride,
                    SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                    std::string_view activation, SymIntArrayRef pool_kernel,
-                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool keep_filter) {
   activation_of(activation);
   check_conv2d_ranks(input, weight);
   if (input.dim() == 3) {
     return conv_bn_act(input.unsqueeze(0), weight, bias, mean, var, bn_weight, bn_bias,
                        residual ? OptionalTensor(residual->unsqueeze(0)) : residual, 0, stride,
                        padding, dilation, groups, activation, pool_kernel, pool_stride,
-                       pool_padding)
+                       pool_padding, keep_filter)
         .squeeze(0);
   }
   const Tensor out = conv2d(input, weight, bias, stride, padding, dilation, groups);

@@ -12,6 +12,7 @@
 #include "torch/autotune.h"
 #include "torch/explain.h"
 #include "torch/launch.h"
+#include "torch/packed_filters.h"
 #include "torch/precision.h"
 #include "torch/selection.h"
 #include "torch/triton.h"
@@ -136,6 +137,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("refuse_architecture", &refuse_architecture);
   m.def("conv_may_use_tf32", &conv_may_use_tf32);
   m.def("set_tf32_on_cpu", [](bool allowed) { return tf32_on_cpu.exchange(allowed); });
+  m.def("kept_filters", [] {
+    const KeptFilters kept = kept_filters();
+    return std::pair(kept.count, kept.bytes);
+  });
+  m.def("forget_filters", &forget_filters);
   bind_triton(m);
   bind_autotune(m);
   m.def("cpu_isa", [] { return std::string(name_of(host_isa())); });

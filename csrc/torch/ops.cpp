@@ -45,10 +45,10 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    const OptionalTensor& residual, double eps, SymIntArrayRef stride,
                    SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                    std::string_view activation, SymIntArrayRef pool_kernel,
-                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding) {
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool keep_filter) {
   FASTCONV_CALL(conv_bn_act, input, weight, bias, mean, var, bn_weight, bn_bias, residual, eps,
                 stride, padding, dilation, std::move(groups), activation, pool_kernel, pool_stride,
-                pool_padding);
+                pool_padding, keep_filter);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(

@@ -34,7 +34,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
                    const OptionalTensor& residual, double eps, SymIntArrayRef stride,
                    SymIntArrayRef padding, SymIntArrayRef dilation, SymInt groups,
                    std::string_view activation, SymIntArrayRef pool_kernel,
-                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding);
+                   SymIntArrayRef pool_stride, SymIntArrayRef pool_padding, bool keep_filter);
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_training(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,

@@ -16,11 +16,13 @@ TORCH_LIBRARY(fastconv, m) {
   m.def("conv2d_bgrad(Tensor grad) -> Tensor");
   // Inference: max_pool2d(activation(batch_norm(conv2d(input)) + residual)) in one kernel where one
   // has all of it. Without mean and var nothing is normalised; without pool_kernel nothing pooled.
+  // keep_filter: the filter may be kept as the kernel packs it until it changes.
   m.def(
       "conv_bn_act(Tensor input, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, "
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, float eps, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation, "
-      "SymInt[2] pool_kernel=[], SymInt[2] pool_stride=[], SymInt[2] pool_padding=0) -> Tensor");
+      "SymInt[2] pool_kernel=[], SymInt[2] pool_stride=[], SymInt[2] pool_padding=0, "
+      "bool keep_filter=False) -> Tensor");
 
   // Training: activation(batch_norm(conv2d(input)) + residual) with the batch's own statistics.
   // Returns the output, the convolution's result, mean and biased variance (float32; float64 for

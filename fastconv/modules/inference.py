@@ -48,6 +48,7 @@ class FusedConv2d(nn.Module):
         return conv_bn_act(
             *(input, conv.weight, conv.bias, statistics, residual, eps),
             *(*geometry, conv.groups, activation, pool),
+            keep_filter=True,
         )
 
     def _pool(self):

@@ -215,8 +215,8 @@ class Grouping:
         if patterns.kind(user, self.modules) not in patterns.MAX_POOLS:
             return ""
         pool = self.modules[user.target]
-        if group.residual is not None:
-            return "max pooling has a launch of its own behind an addition"
+        if group.conv is None or group.residual is not None:
+            return "max pooling has a launch of its own behind BatchNorm alone or an addition"
         if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1), [1, 1]):
             return "the max pooling behind it has ceil_mode, indices or dilation"
         if has_hooks(pool):
