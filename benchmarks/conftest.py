@@ -83,7 +83,7 @@ def _print_layers(terminalreporter, config):
 
 
 def _print_networks(terminalreporter, config):
-    """A column is a runtime's time over fastconv's, in its better layout: above 1, fastconv wins."""
+    """Above 1, fastconv wins."""
     write = terminalreporter.write_line
     terminalreporter.section("every runtime's time over fastconv's, each in its better layout")
     runtimes = ("eager", "compile", "ONNX Runtime", "OpenVINO")

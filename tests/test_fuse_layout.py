@@ -11,7 +11,7 @@ from torch import nn
 import fastconv
 import zoo
 from fastconv.surgery import layout
-from test_fuse import Net, bn, conv, image
+from fusing import Net, bn, conv, image
 
 NHWC = torch.channels_last
 
@@ -60,19 +60,19 @@ def test_one_conversion_at_each_end(conversions, grad):
 
 
 def test_every_convolution_sees_channels_last():
-    fused, seen = fastconv.fuse(stack(nn.MaxPool2d(2), conv())), []
+    fused, seen = fastconv.fuse(stack(nn.AvgPool2d(2), conv(), nn.ReLU())), []
     plain = torch.ops.fastconv.conv_bn_act.default
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             out = op(*args, **(kwargs or {}))
-            if op in (plain, torch.ops.fastconv.max_pool2d.default):
+            if op in (plain, torch.ops.fastconv.avg_pool2d.default):
                 seen.append((args[0], out))
             return out
 
     with torch.inference_mode(False), torch.no_grad(), Watch():
         out = fused(image())
-    assert len(seen) == 5 and out.is_contiguous()
+    assert len(seen) == 6 and out.is_contiguous()
     assert all(t.is_contiguous(memory_format=NHWC) for pair in seen for t in pair)
 
 
