@@ -41,40 +41,23 @@ class Arguments:
         return given if all(name in given for name in self.required) else None
 
 
-class FusedForward:
-    """Calls the fused code where it stands for the module's own, else the module's own.
+class Code:
+    """A graph as torch.fx writes it down: a function of the fused forward and the arguments."""
 
-    Args:
-        owner: the module whose forward this is.
-        graph: what to compute. Targets begin with "owner." or "parts.".
-        parts: the fused layers by name.
-        fixed: modules whose evaluation mode the graph takes for granted.
-        arguments: those of the owner's forward, as the tracer found them.
-    """
-
-    def __init__(self, owner, graph, parts, fixed, arguments):
-        self.owner = owner
-        self.parts = nn.ModuleDict(parts)
-        self.fixed = list(dict.fromkeys(fixed))
-        self.arguments = arguments
+    def __init__(self, graph, name):
         code = graph.python_code("self")
-        self.source = code.src
+        self.name, self.source = name, code.src
         self.names = dict(code.globals)
         self._compile()
 
     def _compile(self):
         namespace = dict(self.names)
-        exec(compile(self.source, f"<fused {type(self.owner).__name__}>", "exec"), namespace)
+        exec(compile(self.source, f"<fused {self.name}>", "exec"), namespace)
         self.function = namespace["forward"]
-        # A function of its own, since torch.export asks it for the names of the arguments.
-        plain = FusedForward.forward
-        call = types.FunctionType(plain.__code__, plain.__globals__, "forward")
-        call.__signature__ = inspect.signature(type(self.owner).forward)
-        self.forward = types.MethodType(call, self)
 
     def __getstate__(self):
         # A function made by exec cannot be pickled, nor can a module of Python.
-        state = {k: v for k, v in vars(self).items() if k not in ("function", "forward")}
+        state = {k: v for k, v in vars(self).items() if k != "function"}
         state["names"] = {
             name: _Import(value.__name__) if isinstance(value, types.ModuleType) else value
             for name, value in self.names.items()
@@ -89,11 +72,52 @@ class FusedForward:
         }
         self._compile()
 
+
+class FusedForward:
+    """Calls the fused code where it stands for the module's own, else the module's own.
+
+    Args:
+        owner: the module whose forward this is.
+        graph: what to compute. Targets begin with "owner." or "parts.".
+        parts: the fused layers by name.
+        fixed: modules whose evaluation mode the graph takes for granted.
+        arguments: those of the owner's forward, as the tracer found them.
+        channels_last: (another graph, an object whose ``holds(values)`` says for which calls), or
+            None.
+    """
+
+    def __init__(self, owner, graph, parts, fixed, arguments, channels_last=None):
+        self.owner = owner
+        self.parts = nn.ModuleDict(parts)
+        self.fixed = list(dict.fromkeys(fixed))
+        self.arguments = arguments
+        self.code = Code(graph, type(owner).__name__)
+        self.condition = None
+        if channels_last is not None:
+            graph, self.condition = channels_last
+            self.channels_last = Code(graph, f"{type(owner).__name__} in channels_last")
+        self._sign()
+
+    def _sign(self):
+        # A function of its own, since torch.export asks it for the names of the arguments.
+        plain = FusedForward.forward
+        call = types.FunctionType(plain.__code__, plain.__globals__, "forward")
+        call.__signature__ = inspect.signature(type(self.owner).forward)
+        self.forward = types.MethodType(call, self)
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "forward"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._sign()
+
     def forward(self, *args, **kwargs):
         values = self._values(args, kwargs)
         if values is None:
             return type(self.owner).forward(self.owner, *args, **kwargs)
-        return self.function(self, *values)
+        other = self.condition is not None and self.condition.holds(values)
+        return (self.channels_last if other else self.code).function(self, *values)
 
     def _values(self, args, kwargs):
         """The graph's arguments; None where the call is not the one that was traced."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from fastconv.surgery import forward, reporting, tracing
+from fastconv.surgery import forward, layout, reporting, tracing
 from fastconv.surgery.conversion import checked_copy, convert
 from fastconv.surgery.grouping import Grouping
 from fastconv.surgery.reporting import Entry, Report
@@ -23,6 +23,9 @@ def fuse(model, *, inplace=False):
     by torch.fx, or, where torch.fx cannot trace the model, that of those modules inside which it
     can. In training mode (of the model, or of a layer that matters) the original forward runs.
     Layers must not be exchanged, nor hooks set inside, afterwards: fuse last.
+
+    On a CPU, images in NCHW are converted to channels_last where they enter and back where they
+    leave, if there are convolutions enough between. Weights keep their memory format.
 
     Args:
         model: any ``nn.Module``.
@@ -93,8 +96,13 @@ class _Fuser:
         parts, fixed = {}, list(tracer.through)
         self._enter(module, Grouping(graph, modules, parts, fixed).run(), called)
         if parts:
+            channels_last = layout.in_channels_last(graph, modules)
             _retarget(graph, parts)
-            made = forward.FusedForward(module, graph, parts, fixed, tracer.arguments)
+            if channels_last is not None:
+                _retarget(channels_last[0], parts)
+            made = forward.FusedForward(
+                module, graph, parts, fixed, tracer.arguments, channels_last
+            )
             forward.install(module, made)
             self._note(module, tracer.arguments.defaults)
         for leaf in called:
