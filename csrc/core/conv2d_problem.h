@@ -36,8 +36,9 @@ struct Conv2dProblem {
   DType dtype = DType::kFloat32;
   Layout layout = Layout::kNCHW;  // of input and output (and their gradients), densely packed
   Layout filter_layout = Layout::kNCHW;  // KCRS or KRSC, densely packed
-  bool tf32 = false;  // float32 operands may be rounded to TF32, as torch's switches say
-  Epilogue epilogue;  // fprop only
+  bool tf32 = false;     // float32 operands may be rounded to TF32, as torch's switches say
+  uint8_t winograd = 0;  // largest output tile that may be used: 0, 2 or 4
+  Epilogue epilogue;     // fprop only
 
   FASTCONV_HOST_DEVICE int64_t P() const {
     return (H + 2 * pad_h - dil_h * (R - 1) - 1) / stride_h + 1;
@@ -74,6 +75,8 @@ struct Conv2dArgs {
   void* out = nullptr;       // output, input gradient, filter gradient or bias gradient
   void* mean_out = nullptr;  // of op "conv2d_statistics": K values of the accumulator's type
   void* var_out = nullptr;
+  // The filter as the row's `pack` leaves it; null: the row packs it itself.
+  const void* packed = nullptr;
   void* workspace = nullptr;  // as many bytes as the row asked for, 64-byte aligned
 };
 

@@ -70,6 +70,10 @@ struct Kernel {
   std::function<double(const Problem&, const Device&)> cost;
   std::function<size_t(const Problem&, const Device&)> workspace;  // bytes; empty function: none
   std::function<void(const Problem&, const Args&, const Context&)> launch;
+  // Bytes of a filter packed ahead; empty function: it packs none.
+  std::function<size_t(const Problem&, const Device&)> packed_bytes;
+  // args.filter into args.out, as `launch` reads args.packed.
+  std::function<void(const Problem&, const Args&, const Context&)> pack;
 };
 
 using Conv2dKernel = Kernel<Conv2dProblem, Conv2dArgs>;

@@ -49,6 +49,7 @@ Conv2dProblem make_problem(at::IntArrayRef input_size, at::IntArrayRef weight_si
   p.layout = layout_of(channels_last);
   p.filter_layout = layout_of(filter_channels_last);
   p.tf32 = may_use_tf32(like);
+  p.winograd = largest_winograd_tile(current_selection(), /*fused_inference=*/false);
   return p;
 }
 
@@ -275,6 +276,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   const bool channels_last = filter_channels_last || suggests_channels_last(input);
   Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
                                  input, channels_last, filter_channels_last);
+  p.winograd = largest_winograd_tile(current_selection(), /*fused_inference=*/true);
   p.epilogue.scale = p.epilogue.shift = true;
   p.epilogue.residual = residual.has_value();
   p.epilogue.activation = act;
