@@ -252,7 +252,20 @@ class winograd(_Setting):
         mode: "fast", the default: F(4x4) in fused inference (``conv_bn_relu`` in eval mode where no
             gradient is asked for, and so networks after :func:`fastconv.fuse`), F(2x2) elsewhere;
             "accurate": F(2x2) alone; "off": neither. Each runs only where it is expected to be the
-            fastest.
+            fastest. A row that :class:`kernel` names runs in any mode.
+
+    Largest error, as a share of the largest result, against float64 (inputs and weights normal,
+    28x28 images for 16 and 64 channels and 14x14 for the others)::
+
+        channels    direct    F(2x2)    F(4x4)    torch, channels_last
+              16    4.2e-7    2.3e-7    9.8e-7    4.2e-7
+              64    3.7e-7    3.5e-7    1.8e-6    9.0e-7
+             256    3.9e-7    6.1e-7    2.9e-6    2.0e-6
+             512    3.1e-7    6.4e-7    2.5e-6    2.6e-6
+
+    F(2x2) gives small integers exactly; F(4x4), whose filters have ninths in them, does not. An
+    output that an infinity, a NaN or an overflow on the way has spoilt is computed again directly;
+    a finite number that dwarfs the rest costs the other outputs of its tile their precision.
 
     Raises:
         ValueError: for an unknown mode.

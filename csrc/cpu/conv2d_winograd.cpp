@@ -32,10 +32,11 @@ const WinogradOps& ops_of([[maybe_unused]] CpuIsa isa) {
 constexpr int64_t kPackChannels = 16;  // of a filter permuted at once: 18 KiB at 32 filters a panel
 constexpr int64_t kMaxWidth = 32;      // the widest register tile
 constexpr int64_t kChunkFilters = 128;  // multiplied before their products are transformed
-// Tiles a block has at least: each element of the filter that comes from a third-level cache or
-// from memory is used that often. More, where a block's transformed inputs and products fit these
-// bytes.
+// Tiles a block has at least: each element of the filter that comes from a third-level cache is
+// used that often, twice as often where it is large. More, where a block's transformed inputs and
+// products fit these bytes.
 constexpr int64_t kLeastTiles = 28;
+constexpr size_t kLargeFilter = 4 << 20;
 constexpr int64_t kBlockBytes = 768 << 10;
 constexpr int64_t kFewestTiles = 8;  // where threads would have nothing to do otherwise
 
@@ -114,7 +115,8 @@ class Winograd {
     const int64_t tile_bytes =
         matrices_ * (channels_ld_ + products_row_) * static_cast<int64_t>(sizeof(float));
     const int64_t fit = kBlockBytes / tile_bytes;
-    const int64_t most = std::max(kLeastTiles, fit - fit % call_.ops.tile_m);
+    const int64_t least = packed_bytes() > kLargeFilter ? 2 * kLeastTiles : kLeastTiles;
+    const int64_t most = std::max(least, fit - fit % call_.ops.tile_m);
     tile_blocks_ = std::max<int64_t>(1, divide_up(tiles(), most));
     if (tile_blocks_ < 4 * call_.threads && tile_blocks_ % call_.threads != 0) {
       const int64_t even = round_up(tile_blocks_, call_.threads);

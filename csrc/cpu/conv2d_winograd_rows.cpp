@@ -28,25 +28,37 @@ double rate_of(CpuIsa isa) {
 }
 constexpr double kStartMicroseconds = 5;
 constexpr double kBytesPerMicrosecond = 10e3;
-constexpr int64_t kLeastTiles = 6;  // fewer rows do not hide a multiply-add's latency
+constexpr int64_t kLeastTiles = 6;     // fewer rows do not hide a multiply-add's latency
+constexpr int64_t kTileDepth = 8;      // a register tile's start and end cost as much as this depth
+constexpr double kFilterBytes = 30e3;  // a microsecond, from a third-level cache
+constexpr int64_t kBlockTiles = 28;
 
 // Nanoseconds a thread takes for the transforms, measured and nearly the same on all instruction
 // sets: for each tile and channel or filter, and for each channel of each filter.
 double transform_ns(int64_t tile) { return tile == 4 ? 15 : 3; }
 double filter_ns(int64_t tile) { return tile == 4 ? 25 : 12; }
 
+// Microseconds of transforming the filter at every call. Memory beyond 32 MiB comes fresh from the
+// system each time, at 0.6 ns a byte.
+double cost_of_filter(const Conv2dProblem& p, int64_t tile, double bytes) {
+  const double fresh = bytes > 32 << 20 ? 0.6 * bytes : 0;
+  return (static_cast<double>(p.C * p.K) * filter_ns(tile) + fresh) / 1e3;
+}
+
 double cost(const Conv2dProblem& p, int64_t tile, CpuIsa isa, const Device& device) {
   const int64_t lanes = isa == CpuIsa::kAvx512 ? 16 : isa == CpuIsa::kAvx2 ? 8 : 4;
   const int64_t tiles = p.N * divide_up(p.P(), tile) * divide_up(p.Q(), tile);
+  const int64_t channels = round_up(p.C, lanes), filters = round_up(p.K, lanes);
   const auto products = static_cast<double>((tile + 2) * (tile + 2) * std::max(tiles, kLeastTiles) *
-                                            p.C * round_up(p.K, lanes));
-  const double transformed = static_cast<double>(tiles * (p.C + p.K)) * transform_ns(tile) +
-                             static_cast<double>(p.C * p.K) * filter_ns(tile);
+                                            (p.C + kTileDepth) * filters);
+  const auto bytes = static_cast<double>(conv2d_winograd_packed_bytes(p, tile, isa));
+  const double read = bytes * static_cast<double>(divide_up(tiles, kBlockTiles));
+  const double transforms = static_cast<double>(tiles * (channels + filters)) * transform_ns(tile);
   const double residual =
       p.epilogue.residual ? 4 * static_cast<double>(p.output_elements()) : 0;  // bytes
-  return kStartMicroseconds +
-         (products / rate_of(isa) + transformed / 1e3 + residual / kBytesPerMicrosecond) /
-             device.threads;
+  return kStartMicroseconds + (products / rate_of(isa) + transforms / 1e3 + read / kFilterBytes +
+                               residual / kBytesPerMicrosecond + cost_of_filter(p, tile, bytes)) /
+                                  device.threads;
 }
 
 void add_row(KernelTable& table, int64_t tile, CpuIsa isa) {
