@@ -19,7 +19,7 @@ from fastconv.modules import (
     ConvBNReLU2d,
     MaxPool2d,
 )
-from fastconv.selection import allow_fallback, backend, explain, kernel, kernels
+from fastconv.selection import allow_fallback, backend, explain, kernel, kernels, winograd
 from fastconv.surgery import convert, fuse, revert
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "models",
     "revert",
     "surgery",
+    "winograd",
 ]
 
 if available:

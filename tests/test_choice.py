@@ -219,6 +219,7 @@ def test_scopes_nest_and_end():
     lambda: fastconv.backend("aten"),
     lambda: fastconv.kernel("conv2d_reference_fprop"),
     lambda: fastconv.allow_fallback(False),
+    lambda: fastconv.winograd("off"),
 ])  # fmt: skip
 def test_scopes_end_when_an_exception_leaves_them(scope):
     with pytest.raises(KeyError), scope():

@@ -77,7 +77,7 @@ class forced:
     """fastconv.kernel(name), or fastconv.backend("triton"), without loading Triton."""
 
     def __init__(self, name=None):
-        self.selection = (None, name, True) if name else ("triton", None, True)
+        self.selection = (None, name, True, "fast") if name else ("triton", None, True, "fast")
 
     def __enter__(self):
         self.before = _extension.load().get_selection()

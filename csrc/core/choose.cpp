@@ -51,6 +51,12 @@ std::string refusal(const K& row, const typename K::Problem& problem, const Devi
 
 }  // namespace
 
+uint8_t largest_winograd_tile(const Selection& selection, bool fused_inference) {
+  if (selection.kernel.find("winograd") != std::string::npos) return 4;
+  if (selection.winograd == WinogradMode::kOff) return 0;
+  return selection.winograd == WinogradMode::kFast && fused_inference ? 4 : 2;
+}
+
 template <class K>
 const K* choose(const std::vector<K>& rows, const std::string& op, Direction direction,
                 const typename K::Problem& problem, const Device& device,

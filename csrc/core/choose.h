@@ -9,13 +9,25 @@
 
 namespace fastconv {
 
-// What `with fastconv.backend(...)`, `fastconv.kernel(...)` and `fastconv.allow_fallback(...)` say.
+// What fastconv.winograd(...) allows: F(4x4, 3x3) in fused inference and F(2x2, 3x3) elsewhere, the
+// latter everywhere, or neither.
+enum class WinogradMode : uint8_t { kFast, kAccurate, kOff };
+constexpr const char* name_of(WinogradMode m) {
+  return m == WinogradMode::kFast ? "fast" : m == WinogradMode::kAccurate ? "accurate" : "off";
+}
+
+// What `with fastconv.backend(...)`, `fastconv.kernel(...)`, `fastconv.allow_fallback(...)` and
+// `fastconv.winograd(...)` say.
 struct Selection {
   bool backend_forced = false;
   Backend backend = Backend::kCpu;
   std::string kernel;  // empty: none forced. Binds only the op and direction the row belongs to.
   bool allow_fallback = true;
+  WinogradMode winograd = WinogradMode::kFast;
 };
+
+// Conv2dProblem::winograd for a call. A Winograd row that is forced by name may always run.
+uint8_t largest_winograd_tile(const Selection& selection, bool fused_inference);
 
 struct Candidate {
   std::string name;

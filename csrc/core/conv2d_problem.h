@@ -37,8 +37,9 @@ struct Conv2dProblem {
   Layout layout = Layout::kNCHW;  // of input and output (and their gradients), densely packed
   Layout filter_layout = Layout::kNCHW;  // KCRS or KRSC, densely packed
   bool filter_kept = false;              // fprop: the filter comes packed, in Conv2dArgs::packed
-  bool tf32 = false;  // float32 operands may be rounded to TF32, as torch's switches say
-  Epilogue epilogue;  // fprop only
+  bool tf32 = false;     // float32 operands may be rounded to TF32, as torch's switches say
+  uint8_t winograd = 0;  // largest output tile that may be used: 0, 2 or 4
+  Epilogue epilogue;     // fprop only
 
   FASTCONV_HOST_DEVICE int64_t P() const {
     return (H + 2 * pad_h - dil_h * (R - 1) - 1) / stride_h + 1;

@@ -55,7 +55,10 @@ std::string key_of(Direction direction, const Conv2dProblem& p, const Device& de
   Text text;
   text.out << "conv2d " << name_of(direction);
   visit_fields(p, text);
-  if (device.type == Device::Type::kCpu) text("threads", device.threads);
+  if (device.type == Device::Type::kCpu) {
+    text("threads", device.threads);
+    text("winograd", static_cast<int>(p.winograd));
+  }
   const Selection& selection = current_selection();
   if (selection.backend_forced) text("backend", name_of(selection.backend));
   return text.out.str();

@@ -43,6 +43,7 @@ Conv2dProblem make_problem(at::IntArrayRef input_size, at::IntArrayRef weight_si
   p.layout = layout_of(channels_last);
   p.filter_layout = layout_of(filter_channels_last);
   p.tf32 = may_use_tf32(like);
+  p.winograd = largest_winograd_tile(current_selection(), /*fused_inference=*/false);
   return p;
 }
 

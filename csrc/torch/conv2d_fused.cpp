@@ -154,6 +154,7 @@ Tensor conv_bn_act(const Tensor& input, const Tensor& weight, const OptionalTens
   Conv2dProblem p = make_problem(input.sizes(), weight.sizes(), stride, padding, dilation, groups,
                                  input, channels_last, filter_channels_last);
   p.filter_kept = keep_filter;
+  p.winograd = largest_winograd_tile(current_selection(), /*fused_inference=*/true);
   p.epilogue.scale = mean.has_value();
   p.epilogue.shift = mean || bias;
   p.epilogue.residual = residual.has_value();

@@ -74,16 +74,30 @@ Direction direction_of(const std::string& name) {
   throw py::value_error("direction must be fprop, dgrad, wgrad or bgrad, but got '" + name + "'");
 }
 
-// (forced backend or None, forced kernel or None, fallback allowed) of the calling thread.
+const std::map<std::string, WinogradMode>& winograd_modes() {
+  static const std::map<std::string, WinogradMode> names = [] {
+    std::map<std::string, WinogradMode> m;
+    for (const WinogradMode w :
+         {WinogradMode::kFast, WinogradMode::kAccurate, WinogradMode::kOff}) {
+      m[name_of(w)] = w;
+    }
+    return m;
+  }();
+  return names;
+}
+
+// (forced backend or None, forced kernel or None, fallback allowed, Winograd's mode) of the calling
+// thread.
 py::tuple get_selection() {
   const Selection& s = current_selection();
   return py::make_tuple(s.backend_forced ? py::object(py::str(name_of(s.backend))) : py::none(),
                         s.kernel.empty() ? py::object(py::none()) : py::str(s.kernel),
-                        s.allow_fallback);
+                        s.allow_fallback, name_of(s.winograd));
 }
 
 void set_selection(const std::optional<std::string>& backend,
-                   const std::optional<std::string>& kernel, bool allow_fallback) {
+                   const std::optional<std::string>& kernel, bool allow_fallback,
+                   const std::string& winograd) {
   Selection s;
   if (backend) {
     const auto found = backends().find(*backend);
@@ -93,6 +107,7 @@ void set_selection(const std::optional<std::string>& backend,
   }
   s.kernel = kernel.value_or("");
   s.allow_fallback = allow_fallback;
+  s.winograd = winograd_modes().at(winograd);
   current_selection() = std::move(s);
 }
 

@@ -42,8 +42,8 @@ struct NodeMaker<N, c10::intrusive_ptr<T>> {
 template <class N>
 using NodePtr = typename detail::NodeMaker<N, TorchNodePtr>::type;
 
-// A base for our nodes: remembers what backend(...), kernel(...) and allow_fallback(...) said in
-// forward, because backward runs on other threads and after the with-block has ended.
+// A base for our nodes: remembers what backend(...), kernel(...) and their like said in forward,
+// because backward runs on other threads and after the with-block has ended.
 struct FastconvNode : torch::autograd::Node {
   Selection selection = current_selection();
 

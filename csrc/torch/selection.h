@@ -1,4 +1,5 @@
-// The calling thread's `with fastconv.backend(...)`, `kernel(...)` and `allow_fallback(...)`.
+// The calling thread's `with fastconv.backend(...)`, `kernel(...)`, `allow_fallback(...)` and
+// `winograd(...)`.
 #pragma once
 
 #include <utility>
