@@ -70,6 +70,11 @@ def as_ints(op, name, value):
     """
     if type(value) is int and -(2**63) <= value < 2**63:
         return (value, value)
+    if type(value) is tuple and len(value) == 2:  # a layer's: nothing to convert, nearly always
+        first, second = value
+        if type(first) is int and type(second) is int:
+            if -(2**63) <= first < 2**63 and -(2**63) <= second < 2**63:
+                return value
     if isinstance(value, list | tuple):
         return tuple([_one_int(op, name, v, value) for v in value])
     value = _one_int(op, name, value, value)

@@ -102,6 +102,23 @@ def test_many_python_threads_on_one_module():
                 torch.testing.assert_close(grad, right[1], rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_launch_works_in_is_its_threads_own():
+    """It is kept for the next launch, whatever that needs: large and small ones, by turns, in
+    several threads at once, give what they give alone."""
+    net = fastconv.fuse(network().eval())
+    inputs = [torch.randn(1, 3, size, 64 + size) for size in (200, 9, 70, 16, 120, 33)]
+    with torch.inference_mode():
+        expected = [net(x) for x in inputs]
+
+    def work(first):
+        with torch.inference_mode():
+            order = [(first + i) % len(inputs) for i in range(len(inputs))] * 3
+            return all(torch.equal(net(inputs[i]), expected[i]) for i in order)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
+
+
 def test_many_python_threads_with_their_own_selection():
     x, w = torch.randn(2, 4, 12, 12), torch.randn(6, 4, 3, 3)
     expected = torch.nn.functional.conv2d(x, w)

@@ -2,7 +2,39 @@
 
 #include <c10/util/Exception.h>
 
+#include <utility>
+
 namespace fastconv {
+namespace {
+
+constexpr size_t kLine = 64;                   // bytes of a cache line, and of an AVX-512 vector
+constexpr size_t kMostKept = size_t{1} << 26;  // ResNet's and VGG's need 10 MB
+thread_local HostMemory of_last_launch;
+
+}  // namespace
+
+LaunchMemory::LaunchMemory(size_t bytes, const at::Tensor& like, bool keep) {
+  if (bytes == 0) return;
+  if (!keep) {
+    fresh_ = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+    data_ = fresh_.mutable_data_ptr();
+    return;
+  }
+  kept_ = std::exchange(of_last_launch, {});  // a launch inside this one would find none
+  if (kept_.bytes < bytes) {
+    kept_ = {};
+    const size_t whole = (bytes + kLine - 1) / kLine * kLine;
+    kept_ = {std::unique_ptr<void, Free>(std::aligned_alloc(kLine, whole)), whole};
+    TORCH_CHECK(kept_.data, "fastconv: cannot allocate ", bytes, " bytes to work in");
+  }
+  data_ = kept_.data.get();
+}
+
+LaunchMemory::~LaunchMemory() {
+  if (kept_.bytes > of_last_launch.bytes && kept_.bytes <= kMostKept) {
+    of_last_launch = std::move(kept_);
+  }
+}
 
 Selection& current_selection() {
   thread_local Selection selection;

@@ -8,6 +8,8 @@ from fastconv._normalisation import conv_bn_act, pool_arguments
 from fastconv.modules.conv import output_dtype, padded
 from fastconv.modules.plain import activate
 
+STATISTICS = ("running_mean", "running_var", "weight", "bias")
+
 
 class FusedConv2d(nn.Module):
     """pool(activation(bn(conv(input)) + residual)) in evaluation, of a model's own modules.
@@ -30,7 +32,7 @@ class FusedConv2d(nn.Module):
 
     def forward(self, input, residual=None):
         conv = self.conv
-        weight, stride, dilation = conv.weight, conv.stride, conv.dilation
+        weight, stride, dilation = _tensor(conv, "weight"), conv.stride, conv.dilation
         input, padding = padded(conv, input)
         input, padding = functional.resolve_padding(input, weight, stride, padding, dilation)
         geometry = stride, padding, dilation
@@ -44,9 +46,9 @@ class FusedConv2d(nn.Module):
         conv, bn = self.conv, self.bn
         statistics, eps = (), 0.0
         if bn is not None:
-            statistics, eps = (bn.running_mean, bn.running_var, bn.weight, bn.bias), bn.eps
+            statistics, eps = tuple([_tensor(bn, name) for name in STATISTICS]), bn.eps
         return conv_bn_act(
-            *(input, conv.weight, conv.bias, statistics, residual, eps),
+            *(input, _tensor(conv, "weight"), _tensor(conv, "bias"), statistics, residual, eps),
             *(*geometry, conv.groups, activation, pool),
             keep_filter=True,
         )
@@ -94,6 +96,15 @@ class FusedBatchNorm2d(nn.Module):
 
     def extra_repr(self):
         return f"activation={self.activation!r}"
+
+
+def _tensor(module, name):
+    """``module.name`` of a parameter or buffer, which Python looks for in vain, and makes an
+    AttributeError of, before nn.Module is asked: 0.6 us, ten times a layer."""
+    for kept in (module._parameters, module._buffers):
+        if name in kept:
+            return kept[name]
+    return getattr(module, name)
 
 
 def _add_apart(z, residual, activation):
