@@ -13,52 +13,68 @@ FASTCONV_INLINE Vec<accumulator_t<T>> load_channels(const T* p, int64_t width) {
   }
 }
 
-// kPixels neighbouring pixels from j on, under taps [t0, t1), of channels [c, c + width).
-template <int kPixels, bool kWhole, class T>
+// kPixels neighbouring pixels from j on, under taps [t0, t1), of channels [c, c + width), which are
+// kVectors vectors, or a part of one.
+template <int kPixels, int kVectors, bool kWhole, class T>
 FASTCONV_INLINE void depthwise_tile(const DepthwiseRow<T>& row, const RowEpilogue<T>& epilogue,
                                     int64_t j, int64_t t0, int64_t t1, int64_t c, int64_t width) {
   using Acc = accumulator_t<T>;
-  Vec<Acc> acc[kPixels] = {};
+  constexpr int L = kLanes<Acc>, kSums = kPixels * kVectors;
+  Vec<Acc> acc[kSums] = {};
   const int64_t pixel = row.w.step * row.channels;
   for (int64_t r = 0; r < row.rows; ++r) {
     const T* x = row.source[r] + (j * row.w.step + row.w.first) * row.channels + c;
     for (int64_t t = t0; t < t1; ++t) {
-      const Vec<Acc> f = load(row.filter[r] + t * row.filter_ld + c);
+      const Acc* filter = row.filter[r] + t * row.filter_ld + c;
       const T* p = x + t * row.w.hop * row.channels;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<Acc> f = load(filter + v * L);
 #pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) {
-        acc[i] += f * load_channels<kWhole>(p + i * pixel, width);
+        for (int i = 0; i < kPixels; ++i) {
+          acc[i * kVectors + v] += f * load_channels<kWhole>(p + i * pixel + v * L, width);
+        }
       }
     }
   }
   T* out = row.out + j * row.out_step;
   if (kWhole && epilogue.is_plain()) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i) store(out + i * row.out_step + c, acc[i]);
+    for (int i = 0; i < kSums; ++i) {
+      store(out + i / kVectors * row.out_step + c + i % kVectors * L, acc[i]);
+    }
     return;
   }
   // One copy of the epilogue's code, and not eight: the accumulators wait in memory.
-  Acc waiting[kPixels * kLanes<Acc>];
+  Acc waiting[kSums * L];
 #pragma GCC unroll 8
-  for (int i = 0; i < kPixels; ++i) store(waiting + i * kLanes<Acc>, acc[i]);
+  for (int i = 0; i < kSums; ++i) store(waiting + i * L, acc[i]);
 #pragma GCC unroll 1
-  for (int i = 0; i < kPixels; ++i) {
+  for (int i = 0; i < kSums; ++i) {
     RowEpilogue<T> e = epilogue;
-    if (e.residual != nullptr) e.residual += (j + i) * row.out_step;
-    finish(e, load(waiting + i * kLanes<Acc>), c, width, out + i * row.out_step, 1);
+    if (e.residual != nullptr) e.residual += (j + i / kVectors) * row.out_step;
+    finish(e, load(waiting + i * L), c + i % kVectors * L, width, out + i / kVectors * row.out_step,
+           1);
   }
 }
 
+// One pixel takes four vectors of channels at a time, so that as many multiply-adds are in flight
+// as there are with four pixels.
 template <int kPixels, class T>
 void depthwise_pixels(const DepthwiseRow<T>& row, const RowEpilogue<T>& epilogue, int64_t j,
                       int64_t t0, int64_t t1) {
-  constexpr int L = kLanes<accumulator_t<T>>;
+  constexpr int L = kLanes<accumulator_t<T>>, kVectors = kPixels == 1 ? 4 : 1;
   int64_t c = 0;
+  if constexpr (kVectors > 1) {
+    for (; c + kVectors * L <= row.channels; c += kVectors * L) {
+      depthwise_tile<kPixels, kVectors, true>(row, epilogue, j, t0, t1, c, L);
+    }
+  }
   for (; c + L <= row.channels; c += L) {
-    depthwise_tile<kPixels, true>(row, epilogue, j, t0, t1, c, L);
+    depthwise_tile<kPixels, 1, true>(row, epilogue, j, t0, t1, c, L);
   }
   if (c < row.channels) {
-    depthwise_tile<kPixels, false>(row, epilogue, j, t0, t1, c, row.channels - c);
+    depthwise_tile<kPixels, 1, false>(row, epilogue, j, t0, t1, c, row.channels - c);
   }
 }
 
