@@ -3,8 +3,9 @@
     python benchmarks/triton_resources.py [--all] [--only TEXT] [--jobs N] [--json FILE]
 
 What is compiled is what the package launches: every row's plan, with every configuration that the
-row offers for a problem. By default each configuration in bfloat16 and each problem and dtype with
-the configuration that is chosen for it; --all takes every combination. Ends with status 1 when a
+row offers for a problem. By default, of a row's first problem, each configuration in bfloat16 and
+each dtype with the configuration that is chosen for it; of the others bfloat16 with the chosen one,
+by turns for sm_80 or for sm_90. --all takes every combination. Ends with status 1 when a
 kernel spills registers, asks for more shared memory than the card has, or was meant for tensor
 cores and does not use them; with 2 when there was nothing to compile.
 """
@@ -217,16 +218,19 @@ class Task:
 def tasks(rows: dict, everything: bool) -> Iterator[Task]:
     for row in rows.values():
         takes_all_dtypes = "tma" not in row.name  # TMA moves no float64
-        for device in DEVICES:
-            if "sm90" in row.name and device.arch < 90:
-                continue
-            for first, (name, problem) in enumerate(problems_of(row.name).items()):
+        devices = DEVICES[-1:] if "sm90" in row.name else DEVICES
+        for place, device in enumerate(devices):
+            for number, (name, problem) in enumerate(problems_of(row.name).items()):
+                # The first on every device, the others in turn; neighbours differ in the layout.
+                turn = (number + number // 2) % len(devices)
+                if number and place != turn and not everything:
+                    continue
                 for dtype in DTYPES if takes_all_dtypes else DTYPES[:3]:
                     for typed in in_dtype(problem, dtype):
                         configs = range(len(row.configs_for(typed, device)))
-                        if everything or (first == 0 and dtype == "bfloat16"):
+                        if everything or (number == 0 and dtype == "bfloat16"):
                             yield from (Task(row.name, name, typed, device, i) for i in configs)
-                        if first == 0 or dtype == "bfloat16":
+                        if number == 0 or dtype == "bfloat16":
                             yield Task(row.name, name, typed, device, None)
 
 

@@ -22,6 +22,7 @@ import fastconv
 import references
 from fastconv import triton_kernels
 from fastconv.benchmarking.shapes import ConvShape
+from turns import EVERYTHING, interpreted
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -296,7 +297,7 @@ def run_python(code: str, timeout: float = 120, **environment) -> subprocess.Com
 
 
 SEEDS = (0, 1, 2)
-# AddressSanitizer watches the kernels, which makes them several times slower still.
+# AddressSanitizer watches the kernels, which makes them several times slower still: one schedule.
 SANITIZED = os.environ.get("FASTCONV_EMULATOR_SANITIZE", "0") not in ("", "0")
 
 
@@ -307,8 +308,7 @@ def seeds() -> tuple[int, ...]:
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]
     slow = TENSOR_CORES.search(test)
     telling = "integers_are_exact[float32-NHWC-NHWC" if slow else "float32"
-    everything = os.environ.get("FASTCONV_EVERY_SEED")
-    if everything or (telling in test and not (slow and SANITIZED)):
+    if EVERYTHING or (telling in test and not SANITIZED):
         return SEEDS
     return (SEEDS[zlib.crc32(test.encode()) % len(SEEDS)],)
 
@@ -317,22 +317,16 @@ def seeds() -> tuple[int, ...]:
 TENSOR_CORES = re.compile(r"(igemm|conv1x1)_sm(80|90)_\w+_emulated")
 
 
-def is_interpreted(row) -> bool:
-    """Whether Triton's interpreter runs the row: thousands of times slower than a kernel."""
-    return row.backend == "triton" and row_device(row) == "cpu"
-
-
 def is_slow(row) -> bool:
     """Whether tests leave out what another test of the row shows."""
-    every = os.environ.get("FASTCONV_EVERY_SEED")
-    return is_interpreted(row) or bool(TENSOR_CORES.search(row.name) and not every)
+    return interpreted(row) or bool(TENSOR_CORES.search(row.name) and not EVERYTHING)
 
 
 def shapes_for(row, dtype, layouts, shapes):
     """Of `shapes` those that a row is shown: every fourth where it is slow and others are shown
     the rest. Interpreted, float32 shows each place and other dtypes change conversions; on tensor
     cores float16 takes bfloat16's way, and tensors of mixed layouts are copied into one."""
-    if is_interpreted(row):
+    if interpreted(row):
         return shapes[:: 4 if dtype is not torch.float32 else 1 + (layouts[0] != layouts[1])]
     if is_slow(row):
         if SANITIZED:
@@ -356,7 +350,7 @@ def combinations(rows, dtypes, layouts, mixed_slow=True):
 def run_row(row, call):
     """The result of call(). An emulated row must give the same bits under every schedule: a missing
     barrier, or a sum whose order is luck, would not."""
-    if is_interpreted(row):
+    if interpreted(row):
         from fastconv.triton_kernels import interpreter
 
         # Half of its time goes into looking for overflows of indices, which know no dtype.

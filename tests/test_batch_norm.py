@@ -26,6 +26,7 @@ from support import (
     normal,
     run_python,
 )
+from turns import in_turn, interpreted, slow
 
 NAMES = ("out", "input", "weight", "bias")
 
@@ -465,9 +466,11 @@ def after_case(size, activation, with_residual, dtype, training):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_contract_of_what_follows(direction, training, dtype, layout):
     for row in support.rows("batch_norm", direction):
-        sizes = support.shapes_for(row, dtype, (layout, layout), NORM_EDGES)
+        # One of the four that a size has, and in each mode and layout another.
+        one = interpreted(row) or support.SANITIZED
+        cases = in_turn(after_cases(NORM_EDGES, each=4), one, training, 2 * (layout == "NHWC"))
         device, wrong, ran = support.row_device(row), [], 0
-        for size, activation, with_residual in after_cases(sizes, each=4):
+        for size, activation, with_residual in cases:
             tensors, residual, expected, errors = after_case(
                 size, activation, with_residual, dtype, training
             )
@@ -495,7 +498,8 @@ def test_contract_of_what_follows(direction, training, dtype, layout):
 def test_what_follows_is_exact_on_integers(dtype, layout, with_residual, activation, backend):
     """Inference with eps = 1 and variances 0, 3 and 15, forward and backward."""
     generator = torch.Generator().manual_seed(1)
-    for size in NORM_EDGES:
+    places = DTYPES.index(dtype), ACTIVATIONS.index(activation), 2 * (layout == "NHWC")
+    for size in in_turn(NORM_EDGES, interpreted(backend), *places, with_residual):
         x, grad, residual = (integers(size, generator, -3, 3).to(dtype) for _ in range(3))
         weight, bias, mean = (integers((size[1],), generator, -3, 3).to(dtype) for _ in range(3))
         weight.mul_(4)  # so that z is an integer
@@ -517,7 +521,8 @@ def test_what_follows_is_exact_on_integers(dtype, layout, with_residual, activat
 def test_any_subset_of_the_gradients_has_the_same_bits(training, layout, activation):
     """A row may leave work out, and may not change what it leaves in."""
     for row in support.rows("batch_norm", "dgrad"):
-        for size in support.shapes_for(row, torch.float32, (layout, layout), NORM_EDGES[:4]):
+        sizes = support.shapes_for(row, torch.float32, (layout, layout), NORM_EDGES[:4])
+        for turn, size in enumerate(sizes):
             x, grad, weight, bias, mean, var = make(size, torch.float32)
             residual = torch.flip(x, [0])
             device = support.row_device(row)
@@ -531,7 +536,7 @@ def test_any_subset_of_the_gradients_has_the_same_bits(training, layout, activat
 
             everything, reason = forced(row, lambda: call([True] * 4))
             assert not reason, reason
-            for which in range(1, 15):
+            for which in in_turn(range(1, 15), slow(row), turn):
                 mask = [bool(which >> i & 1) for i in range(4)]
                 some, _ = forced(row, lambda m=mask: call(m))
                 wanted = [t if m else None for t, m in zip(everything, mask, strict=True)]

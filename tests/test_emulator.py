@@ -405,6 +405,9 @@ def run_sanitized(*arguments, timeout):
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",  # CPython frees little when it ends
         "FASTCONV_EMULATOR_SANITIZE": "1",
+        # What Triton's interpreter does is not watched.
+        "TRITON_INTERPRET": "0",
+        "FASTCONV_REQUIRE_TRITON": "",
         "PYTHONPATH": str(Path(fastconv.__file__).parents[1]),
     }
     return subprocess.run(
@@ -425,7 +428,7 @@ KERNEL_TESTS = (
     "test_conv2d_sm80.py",
     "test_conv2d_sm90.py",
 )
-LOOPING = "max_backward or average_keeps_the_contract or test_contract or test_each_row"
+LOOPING = "average_keeps_the_contract or test_contract"
 
 
 def sanitized_pytest(selection, timeout, *more):
@@ -441,14 +444,17 @@ def sanitized_pytest(selection, timeout, *more):
 
 
 def test_kernels_under_address_sanitizer():
-    """Every row, every edge shape, every dtype; small integers, equal layouts. On tensor cores
-    every fifth shape in NHWC."""
+    """Every row, every edge shape, small integers, equal layouts; on tensor cores every fifth shape
+    in NHWC. float16 has bfloat16's addresses, and ties those of NaN."""
     cores = "(igemm_sm or conv1x1_sm90)"
     layouts = f"((NHWC-NHWC and {cores}) or ((NHWC-NHWC or NCHW-NCHW) and not {cores}))"
     same = f"integers_are_exact and emulated and {layouts}"
     statistics = "test_statistics and NHWC and (bfloat16 or float32)"
-    others = f"(pooling or batch_norm or fused_pool) and (emulated or {LOOPING})"
-    sanitized_pytest(f"({same}) or ({statistics}) or ({others})", timeout=2400)
+    others = (
+        f"(pooling or batch_norm or fused_pool) and (emulated or {LOOPING}) and not emulated-ties"
+    )
+    dtypes = "(bfloat16 or float32 or float64)"
+    sanitized_pytest(f"(({same}) or ({statistics}) or ({others})) and {dtypes}", timeout=2400)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import references
 import support
 from fastconv.benchmarking.shapes import ConvShape
 from support import DTYPES, FORMATS, LAYOUT_PAIRS, assert_exact, integers, name_of, normal
+from turns import in_turn, slow
 
 # (convolution, pooling): LeNet's and a stem's, then borders: windows that overlap, leave a rest,
 # are padded, hold one element or the whole plane; strides, dilation and groups beneath.
@@ -99,7 +100,8 @@ MIX_NAMES = [f"{name_of(d)}-{'-'.join(f)}-{'bias' if b else 'no bias'}" for d, f
 
 @pytest.mark.parametrize("dtype, layouts, bias", MIXES, ids=MIX_NAMES)
 def test_integers_are_the_parts_bit_for_bit(dtype, layouts, bias, backend):
-    for name in CASES:
+    places = DTYPES.index(dtype), LAYOUT_PAIRS.index(layouts), 2 * bias
+    for name in in_turn(CASES, slow(backend), *places):
         args = placed(*tensors(name, "integers", dtype, bias), layouts, backend.device)
         out, expected = fused(name, args), parts(ff, name, args)
         assert torch.equal(out, expected), name
@@ -112,7 +114,8 @@ def test_integers_are_the_parts_bit_for_bit(dtype, layouts, bias, backend):
     *[(dtype, "silu") for dtype in DTYPES if dtype != torch.float32],
 ], ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else str(value))  # fmt: skip
 def test_activations_keep_the_contract(dtype, activation, backend):
-    for name in CASES:
+    places = DTYPES.index(dtype), ACTIVATIONS.index(activation)
+    for name in in_turn(CASES, slow(backend), *places):
         x, w, b = tensors(name, "normal", dtype)
         expected = reference(name, x, w, b, activation)
         peers = [parts(F, name, placed(x, w, b, (f, f)), activation) for f in FORMATS]
@@ -290,7 +293,8 @@ def test_three_dimensions(backend):
 def test_gradients_are_the_parts(name, backend):
     results = []
     for function in (fused, functools.partial(parts, ff)):
-        args = placed(*tensors(name, "normal", torch.float64), device=backend.device)
+        x, w, b = tensors(name, "normal", torch.float64)
+        args = placed(x[:1], w, b, device=backend.device)
         leaves = [t.clone().requires_grad_() for t in args]
         out = function(name, leaves)
         weights = torch.arange(out.numel(), device=out.device, dtype=out.dtype).view_as(out)

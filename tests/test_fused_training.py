@@ -23,6 +23,7 @@ from support import (
     same_bits,
     unfused,
 )
+from turns import in_turn, slow
 
 CHANNELS, OUT = 6, 7
 NAMES = [name for name in ACTIVATIONS if name is not None]
@@ -127,10 +128,12 @@ def failures(got, expected, errors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_contract(dtype, activation, with_residual, backend):
     """Output, every gradient and the running statistics, in training and frozen."""
-    for bias, training in itertools.product((True, False), repeat=2):
+    place = NAMES.index(activation) + with_residual + 2 * (dtype is torch.bfloat16)
+    for turn, (bias, training) in enumerate(itertools.product((True, False), repeat=2), place):
         layer = make_layer(activation, dtype, bias=bias).train(training)
         step, expected, errors = judged(layer, with_residual)
-        for layout, recompute in itertools.product(FORMATS, (False, True)):
+        ways = itertools.product(FORMATS, (False, True))
+        for layout, recompute in in_turn(ways, slow(backend), turn):
             layer.recompute = recompute
             layer.to(backend.device)
             got = of_layer(layer, placed(step, layout=layout, device=backend.device))
@@ -139,11 +142,11 @@ def test_contract(dtype, activation, with_residual, backend):
             support.coverage["conv_bn_relu in training: case x layout x recompute"] += 1
 
 
-def assert_same_step(layer, with_residual, device):
+def assert_same_step(layer, with_residual, backend, place):
     """As torch.nn's in float64, where only the order of sums differs."""
-    step = make_step(layer, with_residual)
+    step, device = make_step(layer, with_residual), backend.device
     expected = of_parts(layer, step)
-    for layout in FORMATS:
+    for layout in in_turn(FORMATS, slow(backend), place, every=2):
         got = of_layer(layer.to(device), placed(step, layout=layout, device=device))
         assert list(got) == list(expected)
         for name, t in got.items():
@@ -162,9 +165,10 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 def test_kinds_of_batch_norm(norm, recompute, backend):
-    for activation, with_residual in (("relu", True), ("silu", False), ("hardswish", True)):
+    cases = (("relu", True), ("silu", False), ("hardswish", True))
+    for place, (activation, with_residual) in enumerate(cases, list(NORMS).index(norm)):
         layer = make_layer(activation, torch.float64, NORMS[norm], recompute=recompute)
-        assert_same_step(layer, with_residual, backend.device)
+        assert_same_step(layer, with_residual, backend, place)
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -174,7 +178,7 @@ def test_frozen_statistics_in_a_training_layer(activation, recompute, backend):
     for with_residual in (True, False):
         layer = make_layer(activation, torch.float64, recompute=recompute)
         layer.bn.eval()
-        assert_same_step(layer, with_residual, backend.device)
+        assert_same_step(layer, with_residual, backend, NAMES.index(activation) + with_residual)
 
 
 def test_running_statistics_over_several_steps(backend):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import itertools
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import fastconv
 from support import FORMATS, assert_same_format, outcome, run_python, unfused
+from turns import in_turn, interpreted
 
 CLASSES = ("Conv2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "BatchNorm2d")
 
@@ -72,10 +74,18 @@ def every_layer():
             yield pytest.param(name, args, id=f"{name}-{args}")
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+LAYERS = [param.values for param in every_layer()]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name, args", list(every_layer()))
-def test_every_argument_does_as_torchs(name, args, training, layout, backend):
+def test_every_argument_does_as_torchs(name, args, training, backend):
+    place = LAYERS.index((name, args)) + training
+    for layout in in_turn(FORMATS, interpreted(backend), place, every=2):
+        check_layer(name, args, training, layout, backend)
+
+
+def check_layer(name, args, training, layout, backend):
     ours, theirs = (layer.train(training).to(backend.device) for layer in twins(name, *args))
     channels = args[0] if name == "Conv2d" else 3
     x = torch.randn(2, channels, 9, 8).contiguous(memory_format=FORMATS[layout])
@@ -252,12 +262,17 @@ FUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize("name", FUSED)
-def test_fused_is_its_parts(name, with_residual, training, grad, layout, backend):
+def test_fused_is_its_parts(name, with_residual, training, backend):
+    places = list(FUSED).index(name), with_residual, 2 * training
+    ways = itertools.product((True, False), FORMATS)
+    for grad, layout in in_turn(ways, interpreted(backend), *places):
+        check_fused(name, with_residual, training, grad, layout, backend)
+
+
+def check_fused(name, with_residual, training, grad, layout, backend):
     args, options = FUSED[name]
     layer = fastconv.ConvBNReLU2d(*args, **options)
     for t in [*layer.bn.parameters(), layer.bn.running_mean, layer.bn.running_var]:
