@@ -24,6 +24,9 @@ TRAINED = {"lenet5": (64, 1, 28, 28), "resnet18": (8, 3, 224, 224)}
 # Fifty layers of float32, of which some runtimes fold BatchNorm into the weights, some transform
 # 3x3 convolutions; a real mistake is of the size of the scores.
 TOLERANCE = 1e-3
+# BatchNorm of few values amplifies the last bit: PyTorch's two layouts differ by 0.1 of the largest
+# element in some gradient of ResNet-18. tests/test_zoo.py compares gradients, in float64.
+GRADIENTS = {"lenet5": 1e-4, "resnet18": 0.3}
 
 threaded = pytest.mark.parametrize("threads", [1, 2], ids=lambda n: f"{n}-thread")
 
@@ -95,7 +98,13 @@ def test_training_step(benchmark, network_results, name, threads, threads_set):
     images = torch.randn(size)
     model = models.get_model(name, num_classes=10)
     found = peers.compare(
-        "training step", model, images, torch.arange(size[0]) % 10, rounds=11, limit_seconds=60
+        "training step",
+        model,
+        images,
+        torch.arange(size[0]) % 10,
+        rounds=11,
+        limit_seconds=60,
+        tolerance=GRADIENTS[name],
     )
     milliseconds = {"fastconv": 1e3 * found.ours[found.our_layout].median}
     for layout, timing in found.theirs.items():

@@ -162,6 +162,7 @@ def compare(
     rounds: int = 21,
     sample_seconds: float = 0.02,
     limit_seconds: float = 8.0,
+    tolerance: float = 1e-4,
 ) -> Comparison:
     """Time `model` and its torch.nn twin at the same work, in both layouts.
 
@@ -173,6 +174,7 @@ def compare(
         images, labels: one batch, on the device to measure.
         rounds, sample_seconds, limit_seconds: see
             :func:`fastconv.benchmarking.timing.time_interleaved`.
+        tolerance: as of :func:`assert_same`.
 
     Raises:
         Disagreement: the two do not compute the same.
@@ -184,7 +186,7 @@ def compare(
             ours = copy.deepcopy(model).to(memory_format=memory_format)
             theirs = torch_twin(ours)
             x = images.contiguous(memory_format=memory_format)
-            assert_same(work, ours, theirs, x, labels)
+            assert_same(work, ours, theirs, x, labels, tolerance)
             ways["ours", layout] = _step(work, ours, x, labels)
             ways["theirs", layout] = _step(work, theirs, x, labels)
         timings = time_interleaved(
