@@ -1,6 +1,7 @@
 """Convolution, BatchNorm, residual, activation in training: results, memory kept, passes made."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -97,10 +98,11 @@ def torch_errors(layer, step, expected):
     return {n: max(max_error(p[n], expected[n]) for p in peers) for n in expected}
 
 
-def judged(layer, with_residual):
-    """A step, its float64 answers and torch's errors: of results with few elements, which one draw
-    may get right by luck, the worst of four draws."""
-    draws = []
+@functools.cache  # every backend is held to it
+def judged(activation, dtype, bias, training, with_residual):
+    """A layer, a step, its float64 answers and torch's errors: of results with few elements, which
+    one draw may get right by luck, the worst of four draws."""
+    layer, draws = make_layer(activation, dtype, bias=bias).train(training), []
     for seed in range(support.DRAWS):
         step = make_step(layer, with_residual, seed)
         expected = of_parts(layer, placed(step, torch.float64), torch.float64)
@@ -109,7 +111,7 @@ def judged(layer, with_residual):
     for name in expected:
         if expected[name].numel() < support.FEW:
             errors[name] = max(each[name] for *_, each in draws)
-    return step, expected, errors
+    return layer, step, expected, errors
 
 
 def failures(got, expected, errors):
@@ -130,8 +132,8 @@ def test_contract(dtype, activation, with_residual, backend):
     """Output, every gradient and the running statistics, in training and frozen."""
     place = NAMES.index(activation) + with_residual + 2 * (dtype is torch.bfloat16)
     for turn, (bias, training) in enumerate(itertools.product((True, False), repeat=2), place):
-        layer = make_layer(activation, dtype, bias=bias).train(training)
-        step, expected, errors = judged(layer, with_residual)
+        made, *answers = judged(activation, dtype, bias, training, with_residual)
+        layer, (step, expected, errors) = copy.deepcopy(made), answers
         ways = itertools.product(FORMATS, (False, True))
         for layout, recompute in in_turn(ways, slow(backend), turn):
             layer.recompute = recompute
