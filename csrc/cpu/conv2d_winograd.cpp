@@ -29,8 +29,8 @@ const WinogradOps& ops_of([[maybe_unused]] CpuIsa isa) {
   return portable::winograd::ops<kTile>();
 }
 
-constexpr int64_t kPackChannels = 16;  // of a filter permuted at once: 18 KiB at 32 filters a panel
-constexpr int64_t kMaxWidth = 32;      // the widest register tile
+constexpr int64_t kPackChannels = 64;   // of a filter permuted at once, whose rows it reads in runs
+constexpr int64_t kMaxWidth = 32;       // the widest register tile
 constexpr int64_t kChunkFilters = 128;  // multiplied before their products are transformed
 // Tiles a block has at least: each element of the filter that comes from a third-level cache is
 // used that often, twice as often where it is large. More, where a block's transformed inputs and
