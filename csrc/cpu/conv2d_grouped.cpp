@@ -215,6 +215,11 @@ class Grouped {
       const int64_t pixels = ops_.pixels[is_short];
       const bool whole = in_place && j + pixels <= count;
       Acc* D = whole ? reinterpret_cast<Acc*>(call_.out + at + j * out_ld) : sums + j * L;
+      if (whole && row + 1 < out.count_h) {
+        // The tile below: its stores, to lines far apart, would otherwise wait for memory.
+        const T* below = call_.out + at + out.step_h * out.W * out.C + j * out_ld;
+        for (int64_t t = 0; t < pixels; ++t) __builtin_prefetch(below + t * out_ld, 1);
+      }
       run_tile(pass, plan, slab, window + j * pass.gather.w.step * lanes_.window, is_short, D,
                whole ? out_ld : L);
       j += pixels;
