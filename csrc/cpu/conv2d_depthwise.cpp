@@ -1,6 +1,7 @@
 // The rows of the depthwise CPU convolutions: what they take and what they cost.
 #include "cpu/conv2d_depthwise.h"
 
+#include "cpu/conv2d_rows.h"
 #include "cpu/table.h"
 
 namespace fastconv {
@@ -8,11 +9,6 @@ namespace {
 
 // A thread keeps one plane, with its padding, in its caches.
 constexpr int64_t kMaxDepthwisePlane = 65536;
-
-int64_t lanes_of(CpuIsa isa, DType dtype) {
-  const int64_t lanes = isa == CpuIsa::kAvx512 ? 16 : isa == CpuIsa::kAvx2 ? 8 : 4;
-  return dtype == DType::kFloat64 ? lanes / 2 : lanes;
-}
 
 std::string refuse_groups(const Conv2dProblem& p) {
   if (p.G == p.C && p.K == p.C) return {};
@@ -51,8 +47,8 @@ double multiply_add_of_window(CpuIsa isa) {
 }
 
 double microseconds(const Conv2dProblem& p, double nanoseconds, const Device& device) {
-  constexpr double kBytesPerMicrosecond = 10e3;
-  return 5 + (nanoseconds / 1e3 + p.bytes() / kBytesPerMicrosecond) / device.threads;
+  return kStartMicroseconds +
+         (nanoseconds / 1e3 + p.bytes() / kBytesPerMicrosecond) / device.threads;
 }
 
 // In NHWC a vector holds channels: the last, partial one of a pixel is put together element by
@@ -89,20 +85,8 @@ double cost_of_window(const Conv2dProblem& p, CpuIsa isa, Direction direction,
                       device);
 }
 
-Conv2dKernel row_of(const std::string& kind, CpuIsa isa, Direction direction) {
-  Conv2dKernel row;
-  row.name = kind + "_" + name_of(isa) + "_" + name_of(direction);
-  row.op = "conv2d";
-  row.direction = direction;
-  row.backend = Backend::kCpu;
-  row.arch = name_of(isa);
-  row.dtypes = kAllDTypes;
-  return row;
-}
-
 void add_window_row(KernelTable& table, CpuIsa isa, Direction direction) {
-  Conv2dKernel row = row_of("conv2d_depthwise_window", isa, direction);
-  row.layouts = kAllLayouts;
+  Conv2dKernel row = cpu_conv2d_row("conv2d_depthwise_window", isa, direction);
   row.supports = [=](const Conv2dProblem& p, const Device&) { return refuse_window(p, direction); };
   row.cost = [=](const Conv2dProblem& p, const Device& device) {
     return cost_of_window(p, isa, direction, device);
@@ -117,8 +101,7 @@ void add_window_row(KernelTable& table, CpuIsa isa, Direction direction) {
 }
 
 void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
-  Conv2dKernel row = row_of("conv2d_depthwise", isa, direction);
-  row.layouts = kAllLayouts;
+  Conv2dKernel row = cpu_conv2d_row("conv2d_depthwise", isa, direction);
   row.supports = [](const Conv2dProblem& p, const Device&) { return refuse(p); };
   row.cost = [=](const Conv2dProblem& p, const Device& device) { return cost(p, isa, device); };
   row.workspace = [=](const Conv2dProblem& p, const Device& device) {
@@ -136,15 +119,12 @@ void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
 }  // namespace
 
 void add_cpu_conv2d_depthwise_rows(KernelTable& table) {
-  for (const CpuIsa isa : {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kPortable}) {
-#if !defined(__x86_64__)
-    if (isa != CpuIsa::kPortable) continue;
-#endif
+  for_each_built_isa([&](CpuIsa isa) {
     for (const Direction direction : {Direction::kFprop, Direction::kDgrad, Direction::kWgrad}) {
       add_row(table, isa, direction);
       add_window_row(table, isa, direction);
     }
-  }
+  });
 }
 
 }  // namespace fastconv

@@ -1,15 +1,10 @@
 // The rows of the grouped CPU convolutions: what they take and what they cost.
 #include "cpu/conv2d_grouped.h"
-#include "cpu/isa.h"
+#include "cpu/conv2d_rows.h"
 #include "cpu/table.h"
 
 namespace fastconv {
 namespace {
-
-int64_t lanes_of(CpuIsa isa, DType dtype) {
-  const int64_t lanes = isa == CpuIsa::kAvx512 ? 16 : isa == CpuIsa::kAvx2 ? 8 : 4;
-  return dtype == DType::kFloat64 ? lanes / 2 : lanes;
-}
 
 std::string refuse(const Conv2dProblem& p, Direction direction, int64_t lanes) {
   const auto number = [](int64_t n) { return std::to_string(n); };
@@ -34,19 +29,12 @@ double rate_of(CpuIsa isa) {
 }
 
 double cost(const Conv2dProblem& p, CpuIsa isa, const Device& device) {
-  constexpr double kStartMicroseconds = 5, kBytesPerMicrosecond = 10e3;
   const double multiplies = p.flops() / 2 / rate_of(isa) * (p.dtype == DType::kFloat64 ? 2 : 1);
   return kStartMicroseconds + (multiplies + p.bytes() / kBytesPerMicrosecond) / device.threads;
 }
 
 void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
-  Conv2dKernel row;
-  row.name = std::string("conv2d_grouped_") + name_of(isa) + "_" + name_of(direction);
-  row.op = "conv2d";
-  row.direction = direction;
-  row.backend = Backend::kCpu;
-  row.arch = name_of(isa);
-  row.dtypes = kAllDTypes;
+  Conv2dKernel row = cpu_conv2d_row("conv2d_grouped", isa, direction);
   row.layouts = bit(Layout::kNHWC);
   row.supports = [=](const Conv2dProblem& p, const Device&) {
     return refuse(p, direction, lanes_of(isa, p.dtype));
@@ -67,14 +55,11 @@ void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
 }  // namespace
 
 void add_cpu_conv2d_grouped_rows(KernelTable& table) {
-  for (const CpuIsa isa : {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kPortable}) {
-#if !defined(__x86_64__)
-    if (isa != CpuIsa::kPortable) continue;
-#endif
+  for_each_built_isa([&](CpuIsa isa) {
     for (const Direction direction : {Direction::kFprop, Direction::kDgrad, Direction::kWgrad}) {
       add_row(table, isa, direction);
     }
-  }
+  });
 }
 
 }  // namespace fastconv

@@ -9,14 +9,7 @@
 namespace fastconv {
 namespace {
 
-// Multiply-adds a microsecond and thread in float32, measured (3.7 GHz, two 256-bit or one 512-bit
-// unit: 59 at the peak) less what gathering takes. Half of it in float64.
-double rate_of(CpuIsa isa) {
-  return isa == CpuIsa::kAvx512 ? 50e3 : isa == CpuIsa::kAvx2 ? 45e3 : 15e3;
-}
-constexpr double kStartMicroseconds = 5;       // waking the threads, once or twice a call
-constexpr double kBytesPerMicrosecond = 10e3;  // what a thread moves while it gathers or stores
-constexpr double kUnitMicroseconds = 0.2;      // calls and index arithmetic of one block
+constexpr double kUnitMicroseconds = 0.2;  // calls and index arithmetic of one block
 
 double round_to(int64_t n, int64_t unit) {
   return static_cast<double>((n + unit - 1) / unit * unit);
@@ -25,16 +18,13 @@ double round_to(int64_t n, int64_t unit) {
 // What the register tile really multiplies: lanes beyond the filters (NHWC) are computed for
 // nothing, and fewer than four rows of filters (NCHW) do not hide a multiply-add's latency.
 double cost_of_gemm(const Conv2dProblem& p, CpuIsa isa, const Device& device) {
-  const int64_t lanes = (isa == CpuIsa::kAvx512 ? 16
-                         : isa == CpuIsa::kAvx2 ? 8
-                                                : 4) /
-                        (p.dtype == DType::kFloat64 ? 2 : 1);
+  const int64_t lanes = lanes_of(isa, p.dtype);
   const int64_t filters = std::max<int64_t>(1, p.K / p.G);
   const double padded = p.layout == Layout::kNHWC
                             ? round_to(filters, lanes)
                             : static_cast<double>(std::max<int64_t>(filters, 4));
-  const double multiplies = p.flops() / 2 * padded / static_cast<double>(filters) / rate_of(isa) *
-                            (p.dtype == DType::kFloat64 ? 2 : 1);
+  const double multiplies = p.flops() / 2 * padded / static_cast<double>(filters) /
+                            gemm_rate_of(isa) * (p.dtype == DType::kFloat64 ? 2 : 1);
   // Every input element is copied once for each tap.
   const double gathered = p.flops() / 2 / static_cast<double>(p.K) * static_cast<double>(p.G) * 4;
   const double moved = (p.bytes() + gathered) / kBytesPerMicrosecond;
@@ -61,14 +51,7 @@ void add_packing(Conv2dKernel& row, CpuIsa isa) {
 }
 
 void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
-  Conv2dKernel row;
-  row.name = std::string("conv2d_igemm_") + name_of(isa) + "_" + name_of(direction);
-  row.op = "conv2d";
-  row.direction = direction;
-  row.backend = Backend::kCpu;
-  row.arch = name_of(isa);
-  row.dtypes = kAllDTypes;
-  row.layouts = kAllLayouts;
+  Conv2dKernel row = cpu_conv2d_row("conv2d_igemm", isa, direction);
   row.cost = [=](const Conv2dProblem& p, const Device& device) {
     return direction == Direction::kBgrad ? cost_of_sum(p, device) : cost_of_gemm(p, isa, device);
   };
@@ -92,15 +75,12 @@ void add_row(KernelTable& table, CpuIsa isa, Direction direction) {
 }  // namespace
 
 void add_cpu_conv2d_rows(KernelTable& table) {
-  for (const CpuIsa isa : {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kPortable}) {
-#if !defined(__x86_64__)
-    if (isa != CpuIsa::kPortable) continue;
-#endif
+  for_each_built_isa([&](CpuIsa isa) {
     for (const Direction direction :
          {Direction::kFprop, Direction::kDgrad, Direction::kWgrad, Direction::kBgrad}) {
       add_row(table, isa, direction);
     }
-  }
+  });
 }
 
 }  // namespace fastconv

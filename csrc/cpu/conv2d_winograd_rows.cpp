@@ -1,6 +1,7 @@
 // The rows of Winograd's convolution: what they take and what they cost.
 #include <algorithm>
 
+#include "cpu/conv2d_rows.h"
 #include "cpu/conv2d_scratch.h"
 #include "cpu/conv2d_winograd.h"
 #include "cpu/table.h"
@@ -22,12 +23,6 @@ std::string refuse(const Conv2dProblem& p, int64_t tile) {
   return {};
 }
 
-// Multiply-adds a microsecond and thread of the matrix products: what the implicit GEMM reaches.
-double rate_of(CpuIsa isa) {
-  return isa == CpuIsa::kAvx512 ? 50e3 : isa == CpuIsa::kAvx2 ? 45e3 : 15e3;
-}
-constexpr double kStartMicroseconds = 5;
-constexpr double kBytesPerMicrosecond = 10e3;
 constexpr int64_t kLeastTiles = 6;     // fewer rows do not hide a multiply-add's latency
 constexpr int64_t kTileDepth = 8;      // a register tile's start and end cost as much as this depth
 constexpr double kFilterBytes = 30e3;  // a microsecond, from a third-level cache
@@ -47,7 +42,7 @@ double cost_of_filter(const Conv2dProblem& p, int64_t tile, double bytes) {
 }
 
 double cost(const Conv2dProblem& p, int64_t tile, CpuIsa isa, const Device& device) {
-  const int64_t lanes = isa == CpuIsa::kAvx512 ? 16 : isa == CpuIsa::kAvx2 ? 8 : 4;
+  const int64_t lanes = lanes_of(isa, p.dtype);
   const int64_t tiles = p.N * divide_up(p.P(), tile) * divide_up(p.Q(), tile);
   const int64_t channels = round_up(p.C, lanes), filters = round_up(p.K, lanes);
   const auto products = static_cast<double>((tile + 2) * (tile + 2) * std::max(tiles, kLeastTiles) *
@@ -57,18 +52,15 @@ double cost(const Conv2dProblem& p, int64_t tile, CpuIsa isa, const Device& devi
   const double transforms = static_cast<double>(tiles * (channels + filters)) * transform_ns(tile);
   const double residual =
       p.epilogue.residual ? 4 * static_cast<double>(p.output_elements()) : 0;  // bytes
-  return kStartMicroseconds + (products / rate_of(isa) + transforms / 1e3 + read / kFilterBytes +
-                               residual / kBytesPerMicrosecond + cost_of_filter(p, tile, bytes)) /
-                                  device.threads;
+  return kStartMicroseconds +
+         (products / gemm_rate_of(isa) + transforms / 1e3 + read / kFilterBytes +
+          residual / kBytesPerMicrosecond + cost_of_filter(p, tile, bytes)) /
+             device.threads;
 }
 
 void add_row(KernelTable& table, int64_t tile, CpuIsa isa) {
-  Conv2dKernel row;
-  row.name = "conv2d_winograd" + std::to_string(tile) + "_" + name_of(isa) + "_fprop";
-  row.op = "conv2d";
-  row.direction = Direction::kFprop;
-  row.backend = Backend::kCpu;
-  row.arch = name_of(isa);
+  Conv2dKernel row =
+      cpu_conv2d_row("conv2d_winograd" + std::to_string(tile), isa, Direction::kFprop);
   row.dtypes = bit(DType::kFloat32);
   row.layouts = bit(Layout::kNHWC);
   row.supports = [=](const Conv2dProblem& p, const Device&) { return refuse(p, tile); };
@@ -93,12 +85,9 @@ void add_row(KernelTable& table, int64_t tile, CpuIsa isa) {
 }  // namespace
 
 void add_cpu_conv2d_winograd_rows(KernelTable& table) {
-  for (const CpuIsa isa : {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kPortable}) {
-#if !defined(__x86_64__)
-    if (isa != CpuIsa::kPortable) continue;
-#endif
+  for_each_built_isa([&](CpuIsa isa) {
     for (const int64_t tile : {4, 2}) add_row(table, tile, isa);
-  }
+  });
 }
 
 }  // namespace fastconv
